@@ -1,0 +1,39 @@
+# make demo [SEED=0]   set-up, and the main job on the embedded data set, into runs/demo
+# make test            set-up, and the tests that CI runs
+# make test-all        those and the slow ones
+# make lint            ruff
+# make setup           .venv with everything; the others call it
+PYTHON ?= python3
+SEED ?= 0
+
+BIN := .venv/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED := .venv/installed-$(VERSION)
+
+.PHONY: setup demo test test-all lint clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# One folder a seed; runs/demo points to the one that ran last.
+demo: setup
+	mkdir -p runs
+	ln -sfn demo-seed$(SEED) runs/demo
+	$(BIN)/python -m instdisc_jax.main --config=configs/digits.py --workdir=runs/demo-seed$(SEED) \
+	  --config.seed=$(SEED)
+
+test: setup
+	$(BIN)/pytest -m 'not slow'
+
+test-all: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,37 @@
+"""Which image comes when.
+
+The order is an endless chain of seeded permutations of 0..N-1, cut into batches of B. No batch is
+short; one may straddle two epochs. What stands at a place of the chain is a function of (seed,
+place) alone: there is no iterator to save, and any process may ask for any step.
+"""
+
+import functools
+
+import numpy as np
+
+
+def batch_index(seed, step, batch_size, num_rows):
+  """Image indices of the batch at `step`.
+
+  Args:
+    seed: of the run.
+    step: t >= 0.
+    batch_size: B >= 1.
+    num_rows: N >= 1.
+
+  Returns:
+    [B] int32.
+  """
+  first = step * batch_size
+  last = first + batch_size
+  pieces = []
+  for epoch in range(first // num_rows, (last - 1) // num_rows + 1):
+    start = epoch * num_rows
+    pieces.append(_permutation(seed, epoch, num_rows)[max(first - start, 0):last - start])
+  return np.concatenate(pieces)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed, epoch, num_rows):
+  # RandomState, not Generator: NumPy promises that its streams never change between versions.
+  return np.random.RandomState([seed, epoch]).permutation(num_rows).astype(np.int32)

@@ -1,0 +1,54 @@
+"""Embeddings of many pictures, with the encoder as it would be used: no augmentation."""
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from instdisc_jax import augment
+from instdisc_jax import train
+
+_CHUNK = 256  # images per device and call
+
+
+def make_embed(encoder, mesh, mean, std):
+  """The encoder over the mesh, compiled once per shape of the picture array.
+
+  Args:
+    encoder: a Linen module.
+    mesh: the device mesh.
+    mean: per channel, of pictures in [0, 1].
+    std: likewise.
+
+  Returns:
+    embed(state, images [n, H, W, 3] uint8) -> [n, D] unit-norm `np.ndarray`.
+  """
+  def device_part(params, batch_stats, images, start, size):
+    start = start + lax.axis_index(train.AXIS) * size
+    part = lax.dynamic_slice_in_dim(images, start, size)  # moved back to fit, at the end
+    part = augment.normalize(part.astype(jnp.float32) / 255, mean, std)
+    return encoder.apply({'params': params, 'batch_stats': batch_stats}, part, train=False)
+
+  @functools.partial(jax.jit, static_argnames='size')
+  def call(params, batch_stats, images, start, size):
+    return jax.shard_map(functools.partial(device_part, size=size), mesh=mesh,
+                         in_specs=(P(), P(), P(), P()), out_specs=P(train.AXIS))(
+                             params, batch_stats, images, start)
+
+  def embed(state, images):
+    n = images.shape[0]
+    size = min(_CHUNK, -(-n // mesh.size))
+    parts = [call(state.params, state.batch_stats, images, start, size)
+             for start in range(0, n, size * mesh.size)]
+    parts = np.asarray(multihost_utils.process_allgather(parts, tiled=True))
+    result = np.empty((n, parts.shape[-1]), parts.dtype)
+    for i, part in enumerate(parts.reshape(-1, size, parts.shape[-1])):
+      start = min(i * size, n - size)
+      result[start:start + size] = part
+    return result
+
+  return embed

@@ -1,0 +1,128 @@
+"""Weighted k-nearest-neighbour classification (Section 3.4), exact, on a sharded bank.
+
+The K rows most similar to a query vote for their labels, each with the weight exp(s / τ).
+"""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from instdisc_jax import bank as bank_lib
+from instdisc_jax import losses
+from instdisc_jax import train
+
+_BLOCK = 16  # rows per block maximum; larger was slower on CPU
+_SCORES = 2**25  # most scores held at once, 128 MiB in float32
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'num_classes', 'axis_name', 'num_rows'))
+def class_scores(queries, bank, labels, *, k, temperature, num_classes, axis_name=None,
+                 num_rows=None):
+  """Votes for each class.
+
+  Args:
+    queries: [Q, D] unit-norm.
+    bank: [N, D] unit-norm rows, or the local shard.
+    labels: [N] int, of all rows on every device.
+    k: K <= N.
+    temperature: τ > 0.
+    num_classes: C.
+    axis_name: mesh axis over which the rows are sharded, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    [Q, C]: score_c = Σ over the K nearest rows i with label c of exp(s_i / τ).
+  """
+  similarity, row = nearest(queries, bank, k=k, axis_name=axis_name, num_rows=num_rows)
+  return vote(similarity, labels[row], temperature, num_classes)
+
+
+def vote(similarity, label, temperature, num_classes):
+  """[Q, K] similarities and labels of the neighbours -> [Q, C] scores."""
+  weight = jnp.exp(similarity / temperature)
+  queries = jnp.arange(label.shape[0])[:, None]
+  return jnp.zeros((label.shape[0], num_classes), weight.dtype).at[queries, label].add(weight)
+
+
+@functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows'))
+def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None):
+  """The K most similar rows of each query, exact up to ties, most similar first.
+
+  Queries are taken in chunks, so that no more than 2^25 scores are held at once. Under
+  `axis_name` each device finds the K best of its rows; only those are exchanged.
+
+  Args:
+    queries: [Q, D].
+    bank: [N, D], or the local shard.
+    own_row: [Q] rows to leave out, one per query, or None.
+    k: K, at most N (N - 1 with `own_row`).
+    axis_name: mesh axis over which the rows are sharded, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    (similarity [Q, K], row [Q, K] int32).
+  """
+  chunk = max(1, min(queries.shape[0], _SCORES // bank.shape[0]))
+  own_row = jnp.full(queries.shape[0], -1) if own_row is None else own_row
+  search = lambda query: _nearest_in_bank(*query, bank, k, axis_name, num_rows)
+  return lax.map(search, (queries, own_row), batch_size=chunk)
+
+
+def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows):
+  """One query's K best: [D] -> ([K], [K]); mapped over queries in chunks."""
+  n = bank.shape[0]
+  first = 0 if axis_name is None else lax.axis_index(axis_name) * n
+  position = jnp.arange(n)
+  score = losses.score_rows(query[None], bank)[0]
+  usable = (position < bank_lib.count_local_rows(bank, axis_name, num_rows)) & (
+      first + position != own_row)
+  similarity, row = top_k(jnp.where(usable, score, -jnp.inf), min(k, n))
+  row = (first + row).astype(jnp.int32)
+  if axis_name is not None:
+    similarity, row = lax.all_gather((similarity, row), axis_name, tiled=True)
+    similarity, best = lax.top_k(similarity, k)
+    row = row[best]
+  return similarity, row
+
+
+def top_k(scores, k):
+  """The k largest of `scores` [n] and their positions, without sorting them all.
+
+  They lie within the k blocks with the largest maxima, so only those are searched.
+  """
+  num_blocks = -(-scores.shape[0] // _BLOCK)
+  if num_blocks <= k:
+    return lax.top_k(scores, k)
+  blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
+  blocks = blocks.reshape(num_blocks, _BLOCK)
+  chosen = jnp.sort(lax.top_k(blocks.max(axis=1), k)[1])
+  best, place = lax.top_k(blocks[chosen].reshape(-1), k)
+  return best, chosen[place // _BLOCK] * _BLOCK + place % _BLOCK
+
+
+def map_over_mesh(mesh, k, num_rows):
+  """`nearest` for a bank sharded over the mesh: (queries, bank, own_row) -> the same on all."""
+  return jax.jit(jax.shard_map(
+      functools.partial(nearest, k=k, axis_name=train.AXIS, num_rows=num_rows), mesh=mesh,
+      in_specs=(P(), P(train.AXIS), P()), out_specs=P(),
+      check_vma=False))  # the gathered candidates are alike on all devices; its types can't tell
+
+
+def top1(similarity, row, labels, query_labels, temperature):
+  """Share of queries whose neighbours vote for their own label.
+
+  Args:
+    similarity: [Q, K] of the neighbours.
+    row: [Q, K] int, their rows.
+    labels: [N] int.
+    query_labels: [Q] int.
+    temperature: τ of the vote.
+
+  Returns:
+    A float in [0, 1].
+  """
+  scores = vote(similarity, jnp.asarray(labels)[row], temperature, int(labels.max()) + 1)
+  return float(jnp.mean(jnp.argmax(scores, axis=1) == jnp.asarray(query_labels)))

@@ -1,0 +1,228 @@
+"""What a run shows for itself: kNN accuracy during and after it, summary.json, and two pictures."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import matplotlib
+import numpy as np
+from rich import table as rich_table
+
+from instdisc_jax import metrics as metrics_lib
+from instdisc_jax import train
+from instdisc_jax.evaluation import features
+from instdisc_jax.evaluation import knn
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+
+SUMMARY = 'summary.json'
+_PICTURED = 12  # queries in neighbors.png
+_SHOWN = 8  # neighbours of each
+
+
+class Evaluator:
+  """kNN of a data set's held-out pictures against its training pictures.
+
+  Where there are no held-out pictures the training pictures themselves are the queries, each with
+  its own row left out. Without labels there is no accuracy, only neighbours.
+
+  Args:
+    config: the run's configuration.
+    dataset: a `data.Dataset`.
+    encoder: a Linen module.
+    mesh: the device mesh.
+    train_images: the training pictures as they lie on the devices.
+  """
+
+  def __init__(self, config, dataset, encoder, mesh, train_images):
+    self._config, self._dataset, self._mesh = config, dataset, mesh
+    self.num_rows = len(dataset.train_images)
+    self.own_row = None
+    self.query_images, self.query_labels = dataset.test_images, dataset.test_labels
+    if dataset.test_images is None:
+      self.query_images, self.query_labels = dataset.train_images, dataset.train_labels
+      self.own_row = np.arange(self.num_rows, dtype=np.int32)
+    self.has_labels = dataset.train_labels is not None and self.query_labels is not None
+    self._train_images = train_images
+    self._device_queries = train_images if self.own_row is not None else jax.device_put(
+        self.query_images, NamedSharding(mesh, P()))
+    self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std)
+    k = min(max(config.knn.neighbors, _SHOWN), self.num_rows - (self.own_row is not None))
+    self._nearest = knn.map_over_mesh(mesh, k, self.num_rows)
+
+  def from_bank(self, state):
+    """kNN top-1 of the queries against the bank as it stands, or None without labels."""
+    if not self.has_labels:
+      return None
+    return self._top1(*self._search(self._embed(state, self._device_queries), state.bank))
+
+  def recomputed(self, state):
+    """Neighbours against fresh features of all training pictures: (top-1 or None, rows [Q, K])."""
+    found = self._search(self._embed(state, self._device_queries),
+                         self._shard(self._embed(state, self._train_images)))
+    return self._top1(*found), found[1]
+
+  def pixels(self):
+    """kNN top-1 with mean-centred raw pixels in the place of features."""
+    flat = self._dataset.train_images.reshape(self.num_rows, -1).astype(np.float32)
+    mean = flat.mean(axis=0)
+    queries = self.query_images.reshape(len(self.query_images), -1) - mean
+    return self._top1(*self._search(_unit(queries), self._shard(_unit(flat - mean))))
+
+  def _search(self, queries, bank):
+    own_row = np.full(len(queries), -1, np.int32) if self.own_row is None else self.own_row
+    return jax.device_get(self._nearest(queries, bank, own_row))
+
+  def _shard(self, rows):
+    padded = np.pad(rows, ((0, -len(rows) % self._mesh.size), (0, 0)))
+    return jax.device_put(padded, NamedSharding(self._mesh, P(train.AXIS)))
+
+  def _top1(self, similarity, row):
+    if not self.has_labels:
+      return None
+    k = self._config.knn.neighbors
+    return knn.top1(similarity[:, :k], row[:, :k], self._dataset.train_labels, self.query_labels,
+                    self._config.knn.temperature)
+
+
+def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_seconds):
+  """Evaluates a trained state and writes summary.json, curves.png and neighbors.png.
+
+  Args:
+    workdir: the run's folder.
+    state: the trained `TrainState`.
+    untrained: the state that the run started from.
+    evaluator: an `Evaluator`.
+    config: the run's configuration.
+    dataset: a `data.Dataset`.
+    fitted: `train.Fitted`, what the loop measured.
+    wall_seconds: of the whole run.
+
+  Returns:
+    The summary, a dict.
+  """
+  top1, row = evaluator.recomputed(state)
+  summary = {
+      'dataset': dataset.name,
+      'num_rows': evaluator.num_rows,
+      'num_queries': len(evaluator.query_images),
+      'num_devices': evaluator._mesh.size,
+      'steps': int(state.step),
+      'final_loss': fitted.final_loss,
+      'loss': config.loss.name,
+      'knn_neighbors': config.knn.neighbors,
+      'knn_temperature': config.knn.temperature,
+      'knn_top1': top1,
+      'knn_top1_bank': evaluator.from_bank(state),
+      'knn_top1_untrained': evaluator.recomputed(untrained)[0],
+      'knn_top1_pixels': evaluator.pixels(),
+      'images_per_second': fitted.images_per_second,
+      'wall_seconds': wall_seconds,
+      'params_digest': _digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
+      'bank_digest': _digest([np.asarray(state.bank)[:evaluator.num_rows]]),
+      'normalizer': float(state.normalizer) or None,
+  }
+  workdir = pathlib.Path(workdir)
+  _save_picture(curves(metrics_lib.read(workdir), summary), workdir / 'curves.png')
+  _save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')
+  partial = workdir / (SUMMARY + '.partial')
+  partial.write_text(json.dumps(summary, indent=2) + '\n')
+  os.replace(partial, workdir / SUMMARY)
+  return summary
+
+
+def show(summary, workdir, console):
+  """Prints a summary as a table."""
+  table = rich_table.Table(title=f'{summary["dataset"]}: kNN top-1, K = {summary["knn_neighbors"]}, '
+                                 f'τ = {summary["knn_temperature"]}')
+  table.add_column('features')
+  table.add_column('top-1', justify='right')
+  for title, key in (('raw pixels, mean-centred', 'knn_top1_pixels'),
+                     ('untrained encoder', 'knn_top1_untrained'),
+                     ('trained encoder', 'knn_top1'),
+                     ('trained encoder, against bank rows', 'knn_top1_bank')):
+    value = summary[key]
+    table.add_row(title, '-' if value is None else f'{value:.3f}')
+  console.print(table)
+  if summary['knn_top1'] is None:
+    console.print('no kNN accuracy: the data set has no labels', markup=False)
+  speed = summary['images_per_second']
+  console.print(f'{summary["steps"]} steps, final loss {summary["final_loss"]:.3f}'
+                + (f', {speed:,.0f} images/s' if speed else '')
+                + f', {summary["wall_seconds"]:.0f} s', markup=False)
+  console.print(f'{workdir}: {SUMMARY}, {metrics_lib.FILE}, curves.png, neighbors.png',
+                markup=False)
+
+
+def curves(lines, summary):
+  """A figure of loss and kNN top-1 over epochs."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
+  epoch = lambda key: [line['epoch'] for line in lines if line.get(key) is not None]
+  value = lambda key: [line[key] for line in lines if line.get(key) is not None]
+  left.plot(epoch('loss'), value('loss'), color='#1f77b4')
+  left.axhline(np.log(summary['num_rows']), color='gray', ls=':', lw=1)
+  left.annotate('log N', (1, np.log(summary['num_rows'])), xycoords=('axes fraction', 'data'),
+                ha='right', va='bottom', color='gray')
+  left.set(xlabel='epoch', ylabel='loss', title=f'{summary["loss"]} loss')
+  right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728', label='bank rows, in training')
+  for key, title, style in (('knn_top1', 'recomputed, at the end', '-'),
+                            ('knn_top1_pixels', 'raw pixels', '--'),
+                            ('knn_top1_untrained', 'untrained', ':')):
+    if summary[key] is not None:
+      right.axhline(summary[key], color='black', ls=style, lw=1, label=f'{title}: {summary[key]:.3f}')
+  right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1), title=f'kNN, {summary["dataset"]}')
+  if summary['knn_top1'] is not None:
+    right.legend(fontsize=8, loc='lower right')
+  else:
+    right.text(0.5, 0.5, 'no labels', transform=right.transAxes, ha='center', color='gray')
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
+def neighbors(evaluator, dataset, row):
+  """A figure of a dozen queries, each beside its nearest training pictures; right or wrong framed."""
+  queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
+  shown = min(_SHOWN, row.shape[1])
+  name = lambda label: dataset.class_names[label] if dataset.class_names else str(label)
+  figure, grid = plt.subplots(len(queries), shown + 1, squeeze=False, layout='constrained',
+                              figsize=(0.85 * (shown + 1), 0.95 * len(queries)))
+  for line, query in zip(grid, queries):
+    pictures = [evaluator.query_images[query], *dataset.train_images[row[query, :shown]]]
+    labels = [None] * len(pictures)
+    if evaluator.has_labels:
+      labels = [evaluator.query_labels[query], *dataset.train_labels[row[query, :shown]]]
+    for i, (axes, picture, label) in enumerate(zip(line, pictures, labels)):
+      axes.imshow(picture, interpolation='nearest')
+      axes.set(xticks=[], yticks=[])
+      if label is None:
+        continue
+      right = label == labels[0]
+      color = 'black' if i == 0 else '#2ca02c' if right else '#d62728'
+      mark = '' if i == 0 else '✓ ' if right else '✗ '
+      axes.set_title(mark + name(label), fontsize=7, color=color, pad=2)
+      axes.spines[:].set(color=color, linewidth=1 if i == 0 else 2)
+  grid[0, 0].annotate('query', (0.5, 1.45), xycoords='axes fraction', ha='center', fontsize=8)
+  grid[0, 1].annotate('nearest training images', (0, 1.45), xycoords='axes fraction', fontsize=8)
+  return figure
+
+
+def _save_picture(figure, path):
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def _unit(x):
+  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _digest(arrays):
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()

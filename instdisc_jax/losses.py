@@ -1,0 +1,297 @@
+"""The losses: features of a batch against the memory bank.
+
+Each takes unit-norm `features` [B, D], the `bank` [N, D] and the images' rows `index` [B], and
+gives one loss per image, [B]. The bank is data: the gradient is with respect to `features` alone.
+It is known in closed form, so the pass over the bank that finds the loss finds the gradient too,
+and nothing of size B x N is kept for a backward pass.
+
+Inside `jax.shard_map`, with `axis_name` and `num_rows` given, `features` and `index` are the
+device's part of the batch and `bank` its rows. Queries travel, the bank never does: every device
+sees all B queries, scores its own rows, and the partial results are summed back to the device
+that owns the query. Numbers moved per step and device: about 2 B (D + 2), whatever N is.
+`noise_index` is then that of the *global* batch, which every device draws alike (`bank.noise`).
+
+Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from instdisc_jax import bank as bank_lib
+
+_jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows'))
+
+
+@functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'block_rows'))
+def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows=None,
+                 block_rows=None):
+  """Non-parametric softmax over all N rows (Eq. 2-3), exact.
+
+      loss_i  = logsumexp_j(V_j·v_i / τ) - V_i·v_i / τ
+      ∂loss_i = (Σ_j p_ij V_j - V_i) / τ
+
+  The bank is streamed in blocks with a running maximum, sum and weighted mean of rows.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    temperature: τ > 0.
+    axis_name: mesh axis over which batch and rows are sharded, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+    block_rows: rows scored at once; by default as many as keep a block of scores within 128 MiB.
+
+  Returns:
+    [B].
+  """
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  positive, positive_score = _positive(queries, bank, index, axis_name)
+  num_local = bank_lib.count_local_rows(bank, axis_name, num_rows)
+  peak, total, weighted = _stream(queries, bank, num_local, temperature, block_rows)
+  logsumexp, mean_row = _combine(peak, total, weighted, axis_name)
+  mine, gradient = _to_owner(
+      (positive_score / temperature, (mean_row - positive) / temperature), axis_name)
+  return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
+
+
+@_jit
+def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axis_name=None,
+                         num_rows=None):
+  """Cross-entropy of the positive among M + 1 columns: itself and M noise rows, as drawn.
+
+  The published "updated" model trains with it at M = 65,536. Noise that happens to hit the
+  positive, or the same row twice, counts as drawn.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    temperature: τ > 0.
+    axis_name: mesh axis, or None.
+    num_rows: unused; taken so that all losses are called alike.
+
+  Returns:
+    [B].
+  """
+  del num_rows
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  positive, positive_score = _positive(queries, bank, index, axis_name)
+  owned_positive = bank_lib.locate(bank, index, axis_name)[1]
+  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
+  columns = jnp.concatenate([positive_score[:, None], score], axis=1) / temperature
+  columns = jnp.where(jnp.concatenate([owned_positive[:, None], owned], axis=1), columns, -jnp.inf)
+  peak = jnp.max(columns, axis=1)
+  weight = jnp.exp(columns - _finite(peak)[:, None])
+  weighted = weight[:, :1] * positive + _weighted_rows(weight[:, 1:], bank, noise_index, axis_name)
+  logsumexp, mean_row = _combine(peak, jnp.sum(weight, axis=1), weighted, axis_name)
+  mine, gradient = _to_owner(
+      (positive_score / temperature, (mean_row - positive) / temperature), axis_name)
+  return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
+
+
+@_jit
+def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axis_name=None,
+             num_rows=None):
+  """Noise-contrastive estimation (Eq. 4-8), in log space.
+
+      logit  = s / τ - log Z - log(M / N)          h = P / (P + M/N) = sigmoid(logit)
+      loss_i = softplus(-logit_ii) + Σ_{M noise j} softplus(logit_ij)
+
+  Exact without an epsilon (the published code adds 1e-7 to its denominators). Z is a constant.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    temperature: τ > 0.
+    normalizer: Z > 0, scalar.
+    axis_name: mesh axis, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    [B].
+  """
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  num_rows = num_rows or bank.shape[0]
+  offset = jnp.log(normalizer).astype(queries.dtype) + math.log(noise_index.shape[1] / num_rows)
+  positive, positive_score = _positive(queries, bank, index, axis_name)
+  owned_positive = bank_lib.locate(bank, index, axis_name)[1]
+  logit = positive_score / temperature - offset
+  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
+  noise_logit = score / temperature - offset
+  loss = (jnp.where(owned_positive, jax.nn.softplus(-logit), 0)
+          + jnp.sum(jnp.where(owned, jax.nn.softplus(noise_logit), 0), axis=1))
+  weight = jnp.where(owned, jax.nn.sigmoid(noise_logit), 0)
+  gradient = (_weighted_rows(weight, bank, noise_index, axis_name)
+              - jax.nn.sigmoid(-logit)[:, None] * positive) / temperature
+  loss, gradient = _to_owner((loss, gradient), axis_name)
+  return _with_gradient(loss, gradient, features)
+
+
+@_jit
+def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis_name=None,
+                        num_rows=None):
+  """Z ≈ N · mean(exp(s / τ)) over the batch's B (M + 1) positive and noise columns.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    temperature: τ > 0.
+    axis_name: mesh axis, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    Scalar Z, the same on all devices.
+  """
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  _, positive_score = _positive(queries, bank, index, axis_name)
+  owned_positive = bank_lib.locate(bank, index, axis_name)[1]
+  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
+  total = (jnp.sum(jnp.where(owned_positive, jnp.exp(positive_score / temperature), 0))
+           + jnp.sum(jnp.where(owned, jnp.exp(score / temperature), 0)))
+  if axis_name is not None:
+    total = lax.psum(total, axis_name)
+  return (num_rows or bank.shape[0]) * total / (noise_index.size + index.size)
+
+
+@_jit
+def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
+  """‖v_i - V_i‖² (Eq. 10, without λ), V_i the row before this step's update.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    axis_name: mesh axis, or None.
+    num_rows: unused; taken so that all losses are called alike.
+
+  Returns:
+    [B].
+  """
+  del num_rows
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  local, owned = bank_lib.locate(bank, index, axis_name)
+  difference = jnp.where(owned[:, None], queries - bank[local].astype(queries.dtype), 0)
+  penalty, gradient = _to_owner((jnp.sum(difference**2, axis=1), 2 * difference), axis_name)
+  return _with_gradient(penalty, gradient, features)
+
+
+def _with_gradient(loss, gradient, features):
+  """`loss` [B], whose derivative in `features` [B, D] is `gradient`: the added term is zero."""
+  return loss + jnp.sum((features - lax.stop_gradient(features)) * gradient, axis=1)
+
+
+def _dot(a, b, dims):
+  """Contraction with float32 (or float64) result; float32 operands are not rounded to less."""
+  precision = lax.Precision.HIGHEST if b.dtype != jnp.bfloat16 else None
+  result = jnp.promote_types(a.dtype, jnp.float32)
+  return lax.dot_general(a.astype(b.dtype) if b.dtype == jnp.bfloat16 else a, b, dims,
+                         precision=precision, preferred_element_type=result)
+
+
+def score_rows(queries, rows):
+  """Cosine scores: queries [Q, D] times rows [n, D] -> [Q, n]."""
+  return _dot(queries, rows, (((1,), (1,)), ((), ())))
+
+
+def _positive(queries, bank, index, axis_name):
+  """The images' own rows [B, D] and scores [B]; zero where another device owns the row."""
+  local, owned = bank_lib.locate(bank, index, axis_name)
+  positive = jnp.where(owned[:, None], bank[local].astype(queries.dtype), 0)
+  return positive, jnp.sum(queries * positive, axis=1)
+
+
+def _stream(queries, rows, num_local, temperature, block_rows):
+  """One pass over the local rows.
+
+  Returns:
+    Per query the largest logit [B] (-inf with no rows), Σ exp(logit - largest) [B], and the rows'
+    sum under those weights [B, D].
+  """
+  n = rows.shape[0]
+  block = min(n, block_rows or max(1024, 2**25 // queries.shape[0]))
+
+  def scan_block(i, carry):
+    # The last block is shifted back so that it ends with the rows; what it repeats is masked.
+    start = jnp.minimum(i * block, n - block)
+    chunk = lax.dynamic_slice_in_dim(rows, start, block)
+    position = start + jnp.arange(block)
+    logits = score_rows(queries, chunk) / temperature
+    logits = jnp.where((position >= i * block) & (position < num_local), logits, -jnp.inf)
+    peak = jnp.max(logits, axis=1)
+    if carry is not None:
+      peak = jnp.maximum(peak, carry[0])
+    weight = jnp.exp(logits - _finite(peak)[:, None])
+    total = jnp.sum(weight, axis=1)
+    weighted = _dot(weight, chunk, (((1,), (0,)), ((), ())))
+    if carry is not None:
+      shrink = jnp.exp(carry[0] - _finite(peak))
+      total += shrink * carry[1]
+      weighted += shrink[:, None] * carry[2]
+    return peak, total, weighted
+
+  return lax.fori_loop(1, math.ceil(n / block), scan_block, scan_block(0, None))
+
+
+def _combine(peak, total, weighted, axis_name):
+  """Partial softmax sums of all devices -> logsumexp [B], and this device's share of Σ_j p_j V_j."""
+  if axis_name is None:
+    return peak + jnp.log(total), weighted / total[:, None]
+  global_peak = lax.pmax(peak, axis_name)
+  shrink = jnp.exp(peak - global_peak)
+  global_total = lax.psum(shrink * total, axis_name)
+  return global_peak + jnp.log(global_total), weighted * (shrink / global_total)[:, None]
+
+
+def _finite(peak):
+  """A device that holds only padding has the peak -inf; exp(-inf - 0) is 0 where inf - inf is not."""
+  return jnp.where(jnp.isfinite(peak), peak, 0)
+
+
+def _to_owner(partials, axis_name):
+  """Sums ([B], [B, D]) over devices; each keeps its own part of the batch."""
+  if axis_name is None:
+    return partials
+  scalar, vector = partials
+  packed = lax.psum_scatter(jnp.concatenate([scalar[:, None], vector], axis=1), axis_name,
+                            scatter_dimension=0, tiled=True)
+  return packed[:, 0], packed[:, 1:]
+
+
+def _own(x, features, axis_name):
+  """This device's part of an array [B] that all devices hold whole."""
+  if axis_name is None:
+    return x
+  size = features.shape[0]
+  return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * size, size)
+
+
+def _scoring_all_rows_is_cheaper(bank, noise_index):
+  """A gather moves B·M rows of D numbers, a matmul over the shard reads each of its rows once."""
+  return noise_index.size > bank.shape[0]
+
+
+def _noise_scores(queries, bank, noise_index, axis_name):
+  """Scores of the noise rows [B, M], and which of them this device owns (the rest are garbage)."""
+  local, owned = bank_lib.locate(bank, noise_index, axis_name)
+  if _scoring_all_rows_is_cheaper(bank, noise_index):
+    return jnp.take_along_axis(score_rows(queries, bank), local, axis=1), owned
+  return _dot(queries, bank[local], (((1,), (2,)), ((0,), (0,)))), owned
+
+
+def _weighted_rows(weight, bank, noise_index, axis_name):
+  """Σ_m weight[b, m] · row of noise_index[b, m] -> [B, D]; weights of rows not owned must be 0."""
+  local, _ = bank_lib.locate(bank, noise_index, axis_name)
+  if _scoring_all_rows_is_cheaper(bank, noise_index):
+    slots = jnp.arange(weight.shape[0])[:, None]
+    dense = jnp.zeros((weight.shape[0], bank.shape[0]), weight.dtype).at[slots, local].add(weight)
+    return _dot(dense, bank, (((1,), (0,)), ((), ())))
+  return _dot(weight, bank[local], (((1,), (1,)), ((0,), (0,))))

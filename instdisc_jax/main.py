@@ -1,0 +1,147 @@
+"""Trains by instance discrimination; run on the same workdir again, it goes on where it stopped."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+from absl import flags
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ml_collections import config_flags
+
+from instdisc_jax import checkpoint
+from instdisc_jax import config as config_lib
+from instdisc_jax import data
+from instdisc_jax import errors
+from instdisc_jax import metrics as metrics_lib
+from instdisc_jax import models
+from instdisc_jax import train
+from instdisc_jax.evaluation import report
+
+
+def parse(argv):
+  """Command line -> (config, workdir); raises `errors.UserError`."""
+  settings = '\n'.join(f'  --config.{key}={value}'
+                       for key, value in config_lib.flatten(config_lib.default()).items())
+  parser = argparse.ArgumentParser(
+      prog='python -m instdisc_jax.main', description=__doc__, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      usage='%(prog)s --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]',
+      epilog=f'settings, with their defaults (a config file sets its own):\n{settings}')
+  parser.add_argument('--config', metavar='FILE', required=True,
+                      help='a Python file with get_config(), e.g. configs/digits.py')
+  parser.add_argument('--workdir', metavar='DIR', required=True,
+                      help='where checkpoints, metrics and the summary go')
+  parser.exit_on_error = False
+  parser.error = _raise_user_error
+  known, overrides = parser.parse_known_args(argv)
+  for argument in overrides:
+    if not argument.startswith(('--config.', '-config.')):
+      raise errors.UserError(f"unknown argument '{argument}': see --help")
+  if not os.path.isfile(known.config):
+    raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
+  values = flags.FlagValues()
+  command = ['main', f'--config={known.config}', *overrides]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command)
+  try:
+    values(command)
+    return values.config, known.workdir
+  except KeyError as e:
+    raise errors.UserError(f'unknown setting ({_one_line(e)}): see --help for all') from e
+  except (flags.Error, AttributeError, TypeError, ValueError) as e:
+    raise errors.UserError(f'{_one_line(e)}: see --help for all settings and their form') from e
+
+
+def run(config, workdir, devices=None):
+  """Trains to the end, evaluates, and returns the summary.
+
+  Args:
+    config: a `ConfigDict` with the keys of `config.default()`.
+    workdir: the run's folder, made if need be.
+    devices: to train on; all that JAX shows by default.
+
+  Returns:
+    What summary.json holds.
+
+  Raises:
+    errors.UserError: a setting, the data or the workdir is not as it must be.
+    errors.RunError: the run failed.
+  """
+  started = time.monotonic()
+  config_lib.validate(config)
+  dataset = data.load(config.dataset, config.seed)
+  num_rows, image_shape = len(dataset.train_images), dataset.train_images.shape[1:]
+  mesh = train.make_mesh(devices)
+  config_lib.validate_for_data(config, num_rows, mesh.size)
+  workdir = config_lib.claim_workdir(workdir, config, dataset.fingerprint)
+
+  encoder = models.create(
+      config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
+      dtype=config.model.dtype, batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
+  optimizer = train.make_optimizer(config, num_rows)
+  init = lambda: train.init_state(config, encoder, optimizer, num_rows, image_shape, mesh)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep, num_rows,
+                                       mesh)
+  saved, end = checkpoints.latest_step(), train.total_steps(config, num_rows)
+  if saved is not None and saved > end:
+    raise errors.UserError(f"'{workdir}' is at step {saved}, past the {end} steps asked for: set "
+                           '--config.epochs (or --config.steps) to more, or another --workdir')
+  progress = metrics_lib.Progress(saved or 0, end)
+  summary_file = workdir / report.SUMMARY
+  if saved == end and summary_file.exists():
+    progress.close()
+    summary = json.loads(summary_file.read_text())
+    report.show(summary, workdir, progress.console)
+    return summary
+
+  state = init()
+  if saved is not None:
+    state = checkpoints.restore(state)
+    progress.print(f'resuming {workdir} at step {saved} of {end}')
+  images = jax.device_put(dataset.train_images, NamedSharding(mesh, P()))
+  evaluator = report.Evaluator(config, dataset, encoder, mesh, images)
+  metrics = metrics_lib.Metrics(workdir, saved or 0)
+  wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
+  try:
+    state, fitted = train.fit(
+        state, images, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
+        mesh=mesh, checkpoints=checkpoints, metrics=metrics, progress=progress,
+        evaluate=evaluator.from_bank, wall_clock=wall_clock)
+  finally:
+    progress.close()
+    metrics.close()
+    checkpoints.close()
+  summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock())
+  report.show(summary, workdir, progress.console)
+  return summary
+
+
+def main(argv=None):
+  """The command; returns its exit code: 0, 2 for a user's mistake, 1 for a failed run."""
+  try:
+    config, workdir = parse(argv)
+    if config.get('deterministic') is True:  # read when JAX first looks for devices
+      os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_deterministic_ops=true'
+    run(config, pathlib.Path(workdir))
+    return 0
+  except errors.UserError as e:
+    print(f'error: {_one_line(e)}', file=sys.stderr)
+    return 2
+  except errors.RunError as e:
+    print(f'failed: {_one_line(e)}', file=sys.stderr)
+    return 1
+
+
+def _raise_user_error(message):
+  raise errors.UserError(f'{message}: see --help')
+
+
+def _one_line(error):
+  return ' '.join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+
+
+if __name__ == '__main__':
+  sys.exit(main())

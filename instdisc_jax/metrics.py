@@ -1,0 +1,94 @@
+"""What a run reports while it goes: metrics.jsonl, TensorBoard events, and a progress line."""
+
+import json
+import os
+import pathlib
+
+import jax
+from rich import console as rich_console
+from rich import progress as rich_progress
+import tensorboardX
+
+FILE = 'metrics.jsonl'
+
+
+class Metrics:
+  """Writes measurements on the first host; on the others it does nothing.
+
+  Args:
+    workdir: the run's folder.
+    step: the step that the run continues from. Lines past it, which a run left that was stopped
+      after its last checkpoint, are dropped, so that no step is ever reported twice.
+
+  Attributes:
+    earlier_seconds: wall-clock time that the kept lines say was spent before.
+  """
+
+  def __init__(self, workdir, step):
+    self._file = self._events = None
+    kept = [line for line in read(workdir) if line['step'] <= step]
+    self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
+    if jax.process_index() != 0:
+      return
+    path = pathlib.Path(workdir) / FILE
+    partial = path.with_suffix('.partial')
+    partial.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    os.replace(partial, path)
+    self._file = path.open('a')
+    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
+
+  def write(self, step, **values):
+    """Adds one line: `values` measured after `step` steps; None is left out of the events."""
+    if self._file is None:
+      return
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      if value is not None:
+        self._events.add_scalar(name, value, step)
+
+  def close(self):
+    if self._file is not None:
+      self._file.close()
+      self._events.close()
+
+
+def read(workdir):
+  """The lines of metrics.jsonl as dicts; one that a crash cut short ends the list."""
+  path = pathlib.Path(workdir) / FILE
+  lines = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        lines.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return lines
+
+
+class Progress:
+  """The line on the terminal, and above it a line for each epoch. First host only."""
+
+  def __init__(self, step, total_steps):
+    self.console = rich_console.Console(soft_wrap=True, highlight=False,
+                                        quiet=jax.process_index() != 0)
+    self._progress = rich_progress.Progress(
+        rich_progress.TextColumn('{task.description}'), rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
+        console=self.console, transient=True, disable=not self.console.is_terminal)
+    self._task = self._progress.add_task('compiling', total=total_steps, completed=step)
+    self._progress.start()
+
+  def advance(self, step, epoch, loss, images_per_second):
+    """Shows where the run is."""
+    text = f'epoch {epoch}  loss {loss:.3f}'
+    if images_per_second is not None:
+      text += f'  {images_per_second:,.0f} images/s'
+    self._progress.update(self._task, completed=step, description=text)
+
+  def print(self, text):
+    """A line that stays."""
+    self.console.print(text, markup=False)
+
+  def close(self):
+    self._progress.stop()

@@ -1,0 +1,43 @@
+"""Encoders by name."""
+
+import functools
+
+import jax.numpy as jnp
+
+from instdisc_jax.models import resnet
+
+_RESNETS = {
+    'resnet10': (resnet.BasicBlock, (1, 1, 1, 1)),
+    'resnet18': (resnet.BasicBlock, (2, 2, 2, 2)),
+    'resnet34': (resnet.BasicBlock, (3, 4, 6, 3)),
+    'resnet50': (resnet.Bottleneck, (3, 4, 6, 3)),
+    'resnet101': (resnet.Bottleneck, (3, 4, 23, 3)),
+}
+_ENCODERS = {}
+for _name, (_block, _sizes) in _RESNETS.items():
+  _ENCODERS[_name] = functools.partial(resnet.ResNet, _block, _sizes, False)
+  _ENCODERS[f'{_name}_cifar'] = functools.partial(resnet.ResNet, _block, _sizes, True)
+
+NAMES = tuple(sorted(_ENCODERS))
+
+
+def create(name, *, embedding_dim=128, width=64, dtype=jnp.float32, batch_norm_axis=None):
+  """The encoder called `name`, a Linen module.
+
+  Args:
+    name: one of `models.NAMES`.
+    embedding_dim: D.
+    width: channels of the first stage; 64 in the literature.
+    dtype: of the computation, e.g. `jnp.bfloat16`; parameters stay float32.
+    batch_norm_axis: mesh axis over which batch norm is synchronised; None for each device's own.
+
+  Returns:
+    A module with `module.apply(variables, images[B, H, W, 3], train) -> [B, D]`, unit-norm.
+
+  Raises:
+    KeyError: an unknown name; the message lists the known ones.
+  """
+  if name not in _ENCODERS:
+    raise KeyError(f"unknown model '{name}'; known: {', '.join(NAMES)}")
+  return _ENCODERS[name](embedding_dim=embedding_dim, width=width, dtype=dtype,
+                         batch_norm_axis=batch_norm_axis)

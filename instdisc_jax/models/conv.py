@@ -1,0 +1,66 @@
+"""Convolution whose weight gradient is fast on CPUs too.
+
+XLA:CPU computes the weight gradient of a whole batch as one convolution with a picture-sized
+kernel, several times slower than its other convolutions; as a sum over pieces of the batch it runs
+at their speed. The result is the same sum in another order. Other platforms keep XLA's own.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+_PIECE = 16  # images per piece on CPU; 8 to 16 were fastest for 8 to 128 channels
+
+
+class Conv(nn.Module):
+  """Convolution without bias, NHWC.
+
+  Attributes:
+    features: output channels.
+    kernel_size: k, for a k x k kernel.
+    stride: of both picture axes.
+    dtype: of the computation.
+    kernel_init: initialiser of the kernel [k, k, C, features].
+  """
+  features: int
+  kernel_size: int
+  stride: int
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param('kernel', self.kernel_init, shape,
+                        jnp.promote_types(self.dtype, jnp.float32))
+    return _conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x, kernel, stride):
+  pad = (kernel.shape[0] - 1) // 2
+  return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
+                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _forward(x, kernel, stride):
+  return _conv(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride, saved, cotangent):
+  x, kernel = saved
+  conv = functools.partial(_conv.fun, stride=stride)
+  x_grad, = jax.vjp(lambda x: conv(x, kernel), x)[1](cotangent)
+  whole = lambda x, g: jax.vjp(lambda k: conv(x, k), kernel)[1](g)[0]
+
+  def in_pieces(x, g):
+    cuts = list(range(_PIECE, x.shape[0], _PIECE))
+    return sum(whole(*piece) for piece in zip(jnp.split(x, cuts), jnp.split(g, cuts)))
+
+  return x_grad, lax.platform_dependent(x, cotangent, cpu=in_pieces, default=whole)
+
+
+_conv.defvjp(_forward, _backward)

@@ -1,0 +1,433 @@
+"""The training state, the step, and the loop around it.
+
+The step is one per-device program, mapped over a one-axis mesh:
+
+    device k holds   params, batch_stats, opt_state, normalizer, step   (the same on all)
+                     bank rows k·n .. (k+1)·n - 1                       (its own)
+                     B / devices images of the batch                    (its own)
+
+Random numbers come from (seed, place in the chain of images, image index), never from a device's
+position, so the number of devices changes nothing but the speed (with synchronised batch norm).
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import flax.struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+import optax
+
+from instdisc_jax import augment
+from instdisc_jax import bank as bank_lib
+from instdisc_jax import errors
+from instdisc_jax import losses
+from instdisc_jax.data import order
+
+AXIS = 'data'
+_INIT, _AUGMENT, _NOISE = range(3)  # the run's independent streams of random numbers
+
+_LOSSES = {
+    'softmax': losses.softmax_loss,
+    'nce': losses.nce_loss,
+    'sampled_softmax': losses.sampled_softmax_loss,
+}
+LOSS_NAMES = tuple(_LOSSES)
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that changes during training; with the config it is the whole checkpoint.
+
+  Attributes:
+    step: int32 scalar, optimiser steps taken.
+    params: of the encoder, replicated.
+    batch_stats: running batch-norm statistics, replicated.
+    opt_state: of the optimiser, replicated.
+    bank: [N padded to a multiple of the device count, D], rows sharded over the mesh.
+    normalizer: scalar, NCE's Z; 0 until it is first estimated.
+  """
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  bank: jax.Array
+  normalizer: jax.Array
+
+
+STATE_SPECS = TrainState(step=P(), params=P(), batch_stats=P(), opt_state=P(), bank=P(AXIS),
+                         normalizer=P())
+
+
+def make_mesh(devices=None):
+  """The one-axis mesh over `devices` (by default all that JAX shows)."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh((len(devices),), (AXIS,), devices=devices,
+                       axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def total_steps(config, num_rows):
+  """Steps of the whole run: `config.steps`, or what completes `config.epochs`."""
+  if config.steps is not None:
+    return config.steps
+  return math.ceil(config.epochs * num_rows / config.batch_size)
+
+
+def learning_rate_schedule(config, num_rows):
+  """Step -> learning rate: divided at each milestone, in epochs (epoch of step t = t·B // N)."""
+  boundaries = {math.ceil(epoch * num_rows / config.batch_size): config.optimizer.milestone_factor
+                for epoch in config.optimizer.milestones}
+  return optax.piecewise_constant_schedule(config.optimizer.learning_rate, boundaries)
+
+
+def make_optimizer(config, num_rows):
+  """SGD with momentum and weight decay on all parameters, as published (PyTorch's SGD)."""
+  return optax.chain(
+      optax.add_decayed_weights(config.optimizer.weight_decay),
+      optax.sgd(learning_rate_schedule(config, num_rows), momentum=config.optimizer.momentum))
+
+
+def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
+  """A fresh `TrainState`, born in its shardings.
+
+  Args:
+    config: the run's configuration.
+    encoder: a Linen module.
+    optimizer: an optax transformation.
+    num_rows: N.
+    image_shape: (H, W, 3).
+    mesh: the device mesh.
+
+  Returns:
+    The state; the same numbers whatever the mesh.
+  """
+  def init():
+    params_key, bank_key = jax.random.split(_stream(config, _INIT))
+    variables = encoder.init(params_key, jnp.zeros((2, *image_shape)), train=False)
+    bank = bank_lib.init(bank_key, num_rows, config.model.embedding_dim,
+                         unit=config.bank.init == 'unit', dtype=config.bank.dtype)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=variables['params'],
+        batch_stats=variables['batch_stats'], opt_state=optimizer.init(variables['params']),
+        bank=pad_rows(bank, mesh.size), normalizer=jnp.zeros((), _wide(config)))
+
+  return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
+
+
+def state_shardings(mesh, state):
+  """`STATE_SPECS` spelt out for every array of `state`, on `mesh`."""
+  return jax.tree.map(
+      lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
+      STATE_SPECS, state, is_leaf=lambda x: isinstance(x, P))
+
+
+def pad_rows(bank, num_devices):
+  """[N, D] -> [N', D], N' the next multiple of the device count."""
+  return jnp.pad(bank, ((0, -bank.shape[0] % num_devices), (0, 0)))
+
+
+def train_step(state, batch, *, config, encoder, optimizer, num_rows):
+  """One device's part of a step: augment -> encode -> loss with bank -> update. Pure.
+
+  Args:
+    state: `TrainState`, the bank being this device's rows.
+    batch: this device's part: 'image' [B / devices, H, W, 3] uint8 and 'index' [B / devices].
+    config: the run's configuration, static.
+    encoder: a Linen module.
+    optimizer: an optax transformation.
+    num_rows: the true N.
+
+  Returns:
+    (state, metrics): metrics are scalars over the global batch, see `update`.
+  """
+  index = batch['index']
+  # Places in the chain of images; they wrap around at 2^32, where only the index tells them apart.
+  slot = lax.axis_index(AXIS).astype(jnp.uint32) * index.size + jnp.arange(index.size, dtype='uint32')
+  place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
+  key = jax.vmap(jax.random.fold_in)(
+      jax.vmap(jax.random.fold_in, (None, 0))(_stream(config, _AUGMENT), place), index)
+  images = augment.augment(key, batch['image'], size=batch['image'].shape[1:3],
+                           dtype=_wide(config), **config.augment)
+
+  noise_index = None
+  if config.loss.name != 'softmax':
+    noise_index = bank_lib.noise(_stream(config, _NOISE), state.step, bank_lib.gather(index, AXIS),
+                                 config.loss.noise_count, num_rows)
+
+  def encode(params, batch_stats):
+    features, updated = encoder.apply({'params': params, 'batch_stats': batch_stats}, images,
+                                      train=True, mutable=['batch_stats'])
+    batch_stats = updated['batch_stats']
+    if not config.model.sync_batch_norm:  # each device has seen its own part: keep their mean
+      batch_stats = lax.pmean(batch_stats, AXIS)
+    return features, batch_stats
+
+  return update(state, index, noise_index, encode=encode, optimizer=optimizer, loss=config.loss,
+                bank_momentum=config.bank.momentum, num_rows=num_rows, axis_name=AXIS)
+
+
+def update(state, index, noise_index, *, encode, optimizer, loss, bank_momentum, num_rows,
+           axis_name=None):
+  """The method itself: one step on the parameters, the bank and Z, for any encoder.
+
+  Args:
+    state: `TrainState`.
+    index: [B] rows of the images (local part, with `axis_name`).
+    noise_index: [B, M] noise rows of the global batch; None for the full softmax.
+    encode: (params, batch_stats) -> (features [B, D] unit-norm, new batch_stats).
+    optimizer: an optax transformation.
+    loss: name, temperature, normalizer, normalizer_decay, proximal_weight, block_rows.
+    bank_momentum: m.
+    num_rows: the true N.
+    axis_name: mesh axis, or None.
+
+  Returns:
+    (state, metrics): 'loss', 'grad_norm', and where they apply 'proximal_penalty', 'normalizer',
+    'normalizer_drift' (log of this batch's estimate over the Z in use).
+  """
+  mean = lambda x: jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
+  shared = dict(axis_name=axis_name, num_rows=num_rows)
+
+  def objective(params):
+    features, batch_stats = encode(params, state.batch_stats)
+    metrics, normalizer = {}, state.normalizer
+    columns = (features, state.bank, index)
+    kwargs = dict(temperature=loss.temperature, **shared)
+    if loss.name == 'softmax':
+      kwargs['block_rows'] = loss.block_rows
+    else:
+      columns += (noise_index,)
+    if loss.name == 'nce':
+      estimate = losses.estimate_normalizer(*columns, **kwargs).astype(normalizer.dtype)
+      normalizer = _next_normalizer(loss, normalizer, estimate)
+      metrics |= {'normalizer': normalizer, 'normalizer_drift': jnp.log(estimate / normalizer)}
+      kwargs['normalizer'] = normalizer
+    value = mean(_LOSSES[loss.name](*columns, **kwargs))
+    if loss.proximal_weight:
+      penalty = mean(losses.proximal_penalty(features, state.bank, index, **shared))
+      value += loss.proximal_weight * penalty
+      metrics['proximal_penalty'] = penalty
+    return value, (features, batch_stats, normalizer, metrics | {'loss': value})
+
+  # The mean over devices lies inside the objective, so these are the gradients of the global loss.
+  grads, (features, batch_stats, normalizer, metrics) = jax.grad(
+      objective, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  metrics['grad_norm'] = optax.global_norm(grads)
+  return TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      bank=bank_lib.update(state.bank, index, features, momentum=bank_momentum,
+                           axis_name=axis_name),
+      normalizer=normalizer), metrics
+
+
+def _next_normalizer(loss, normalizer, estimate):
+  """Z for this step; the state holds 0 before the first."""
+  if loss.normalizer == 'first_batch':
+    return jnp.where(normalizer > 0, normalizer, estimate)
+  if loss.normalizer == 'ema':
+    decay = loss.normalizer_decay
+    return jnp.where(normalizer > 0, decay * normalizer + (1 - decay) * estimate, estimate)
+  return jnp.full_like(normalizer, float(loss.normalizer))
+
+
+def train_steps(state, images, index, num_steps, *, step_fn):
+  """Several steps in one dispatch, on images that lie on the device.
+
+  Args:
+    state: `TrainState`.
+    images: [N, H, W, 3] uint8, the whole data set.
+    index: [S, B / devices] this device's part of up to S batches.
+    num_steps: scalar, how many of them to take, 1..S.
+    step_fn: (state, batch) -> (state, metrics).
+
+  Returns:
+    (state, metrics): each metric [S], of which the first `num_steps` are filled.
+  """
+  step = lambda state, index: step_fn(state, {'image': images[index], 'index': index})
+  if index.shape[0] == 1:  # no loop: XLA:CPU differentiates convolutions far slower inside one
+    state, metrics = step(state, index[0])
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  def body(i, carry):
+    state, history = carry
+    state, metrics = step(state, index[i])
+    return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+
+  shapes = jax.eval_shape(lambda: step(state, index[0])[1])
+  history = jax.tree.map(lambda s: jnp.zeros(index.shape[:1], s.dtype), shapes)
+  return lax.fori_loop(0, num_steps, body, (state, history))
+
+
+def map_over_mesh(mesh, step_fn):
+  """`train_steps` over the mesh, compiled once, its state donated."""
+  return jax.jit(
+      jax.shard_map(functools.partial(train_steps, step_fn=step_fn), mesh=mesh,
+                    in_specs=(STATE_SPECS, P(), P(None, AXIS), P()),
+                    out_specs=(STATE_SPECS, P())),
+      donate_argnums=0)
+
+
+def _wide(config):
+  """Type of what stays precise when `model.dtype` is not: float32, or float64."""
+  return jnp.promote_types(config.model.dtype, jnp.float32)
+
+
+def _stream(config, name):
+  return jax.random.fold_in(jax.random.key(config.seed), name)
+
+
+@dataclasses.dataclass
+class Fitted:
+  """What `fit` measured.
+
+  Attributes:
+    final_loss: of the last step, over the global batch; None if no step was taken.
+    images_per_second: without compilation and evaluation; None if too few steps were taken.
+  """
+  final_loss: float | None = None
+  images_per_second: float | None = None
+
+
+def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoints, metrics,
+        progress, evaluate, wall_clock):
+  """Trains from `state.step` to the end of the run.
+
+  Nothing is fetched from the devices between steps but the metrics of the dispatch before. Before
+  a checkpoint is written all its losses and gradients are known to be finite.
+
+  Args:
+    state: `TrainState`; donated.
+    images: [N, H, W, 3] uint8 on every device.
+    config: the run's configuration.
+    encoder: a Linen module.
+    optimizer: an optax transformation.
+    num_rows: N.
+    mesh: the device mesh.
+    checkpoints: `checkpoint.Checkpoints`.
+    metrics: `metrics.Metrics`.
+    progress: `metrics.Progress`.
+    evaluate: state -> kNN top-1 or None, called at the end of epochs.
+    wall_clock: () -> seconds since the run began.
+
+  Returns:
+    (state, `Fitted`).
+
+  Raises:
+    errors.RunError: a loss or gradient is not finite.
+  """
+  run_steps = map_over_mesh(mesh, functools.partial(
+      train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows))
+  schedule = learning_rate_schedule(config, num_rows)
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  per_dispatch = config.steps_per_dispatch or (1 if on_cpu else 100)
+  batch_size, end = config.batch_size, total_steps(config, num_rows)
+  epoch_of = lambda step: step * batch_size // num_rows
+  fitted = Fitted()
+  losses_since_line, timer = [], _Timer()
+
+  def settle(dispatch):
+    """Waits for a dispatch, checks and logs what it measured."""
+    last_step, count, history = dispatch
+    history = {name: np.asarray(value)[:count] for name, value in history.items()}
+    for name in ('loss', 'grad_norm'):
+      bad = np.flatnonzero(~np.isfinite(history[name]))
+      if bad.size:
+        raise errors.RunError(_not_finite(name, history[name][bad[0]],
+                                          last_step - count + bad[0], checkpoints.latest_step()))
+    timer.count(count * batch_size)
+    losses_since_line.extend(history['loss'])
+    fitted.final_loss = float(history['loss'][-1])
+    progress.advance(last_step, epoch_of(last_step), fitted.final_loss, timer.rate())
+    if is_logged(last_step):
+      line = {name: float(value[-1]) for name, value in history.items()}
+      line |= dict(epoch=epoch_of(last_step), loss=float(np.mean(losses_since_line)),
+                   learning_rate=float(schedule(last_step - 1)), images_per_second=timer.rate(),
+                   wall_seconds=wall_clock())
+      losses_since_line.clear()
+      metrics.write(last_step, **line)
+
+  ends_epoch = lambda step: epoch_of(step) > epoch_of(step - 1)
+  is_logged = lambda step: ends_epoch(step) or step % config.log_every_steps == 0 or step == end
+  is_saved = lambda step: step % config.checkpoint.every_steps == 0 or step == end
+
+  def is_evaluated(step):
+    every = config.knn.every_epochs
+    return every and ends_epoch(step) and epoch_of(step) // every > epoch_of(step - 1) // every
+
+  step, running = int(state.step), None
+  while step < end:
+    count = next(i for i in range(1, per_dispatch + 1)
+                 if i == per_dispatch or is_logged(step + i) or is_saved(step + i))
+    state, history = run_steps(
+        state, images, _place_batches(config.seed, step, per_dispatch, batch_size, num_rows, mesh),
+        count)
+    step += count
+    if running is not None:
+      settle(running)  # while this dispatch computes
+    running = step, count, history
+    if is_evaluated(step) or is_saved(step):
+      settle(running)
+      running = None
+      if is_evaluated(step):
+        value = evaluate(state)
+        if value is not None:
+          metrics.write(step, epoch=epoch_of(step), knn_top1=value)
+          progress.print(f'epoch {epoch_of(step):4d}  step {step:6d}  '
+                         f'loss {fitted.final_loss:.4f}  kNN top-1 {value:.4f}')
+      if is_saved(step):
+        checkpoints.save(state)
+      timer.restart()
+  fitted.images_per_second = timer.mean()
+  return state, fitted
+
+
+class _Timer:
+  """Images per second, not counting compilation and pauses."""
+
+  def __init__(self):
+    self._mark = None
+    self._images = self._seconds = 0
+    self._recent = None
+
+  def count(self, images):
+    """Called when `images` more have been trained on."""
+    now = time.monotonic()
+    if self._mark is not None:
+      self._recent = images / (now - self._mark)
+      self._images += images
+      self._seconds += now - self._mark
+    self._mark = now
+
+  def restart(self):
+    """What happened since the last `count` is not counted."""
+    if self._mark is not None:
+      self._mark = time.monotonic()
+
+  def rate(self):
+    return self.mean() if self._recent is None else self._recent
+
+  def mean(self):
+    return self._images / self._seconds if self._seconds else None
+
+
+def _place_batches(seed, step, num_batches, batch_size, num_rows, mesh):
+  """Indices of the batches from `step` on, [S, B], each device given its part of every batch."""
+  index = np.stack([order.batch_index(seed, step + i, batch_size, num_rows)
+                    for i in range(num_batches)])
+  return jax.make_array_from_callback(index.shape, NamedSharding(mesh, P(None, AXIS)),
+                                      lambda part: index[part])
+
+
+def _not_finite(name, value, step, saved):
+  kept = 'no checkpoint was written' if saved is None else f'the checkpoint of step {saved} is kept'
+  return (f'{name} is {value} at step {step}, must be finite; {kept}: try a smaller '
+          '--config.optimizer.learning_rate or a larger --config.loss.temperature')
