@@ -17,6 +17,7 @@ Scores and sums are float32 (float64 for float64 features) whatever the bank's d
 import functools
 import math
 
+import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows
   Returns:
     [B].
   """
-  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  queries, bank, index = _as_data(features, bank, index, axis_name)
   positive, positive_score = _positive(queries, bank, index, axis_name)
   num_local = bank_lib.count_local_rows(bank, axis_name, num_rows)
   peak, total, weighted = _stream(queries, bank, num_local, temperature, block_rows)
@@ -79,7 +80,7 @@ def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axi
     [B].
   """
   del num_rows
-  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  queries, bank, index = _as_data(features, bank, index, axis_name)
   positive, positive_score = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
   score, owned = _noise_scores(queries, bank, noise_index, axis_name)
@@ -117,7 +118,7 @@ def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axi
   Returns:
     [B].
   """
-  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  queries, bank, index = _as_data(features, bank, index, axis_name)
   num_rows = num_rows or bank.shape[0]
   offset = jnp.log(normalizer).astype(queries.dtype) + math.log(noise_index.shape[1] / num_rows)
   positive, positive_score = _positive(queries, bank, index, axis_name)
@@ -151,7 +152,7 @@ def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis
   Returns:
     Scalar Z, the same on all devices.
   """
-  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  queries, bank, index = _as_data(features, bank, index, axis_name)
   _, positive_score = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
   score, owned = _noise_scores(queries, bank, noise_index, axis_name)
@@ -177,11 +178,20 @@ def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
     [B].
   """
   del num_rows
-  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  queries, bank, index = _as_data(features, bank, index, axis_name)
   local, owned = bank_lib.locate(bank, index, axis_name)
   difference = jnp.where(owned[:, None], queries - bank[local].astype(queries.dtype), 0)
   penalty, gradient = _to_owner((jnp.sum(difference**2, axis=1), 2 * difference), axis_name)
   return _with_gradient(penalty, gradient, features)
+
+
+def _as_data(features, bank, index, axis_name):
+  """The global batch's features and index, and the local rows, none of them to be differentiated."""
+  chex.assert_rank([features, bank, index], [2, 2, 1])
+  chex.assert_equal_shape_prefix([features, index], 1)
+  chex.assert_equal(features.shape[1], bank.shape[1])
+  queries, index = bank_lib.gather((lax.stop_gradient(features), index), axis_name)
+  return queries, lax.stop_gradient(bank), index
 
 
 def _with_gradient(loss, gradient, features):

@@ -10,6 +10,7 @@ import time
 from absl import flags
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
+from ml_collections import config_dict
 from ml_collections import config_flags
 
 from instdisc_jax import checkpoint
@@ -43,16 +44,22 @@ def parse(argv):
       raise errors.UserError(f"unknown argument '{argument}': see --help")
   if not os.path.isfile(known.config):
     raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
+  sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
   values = flags.FlagValues()
   command = ['main', f'--config={known.config}', *overrides]
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command)
   try:
     values(command)
-    return values.config, known.workdir
-  except KeyError as e:
-    raise errors.UserError(f'unknown setting ({_one_line(e)}): see --help for all') from e
-  except (flags.Error, AttributeError, TypeError, ValueError) as e:
+    config = values.config
+  except (KeyError, flags.Error) as e:
     raise errors.UserError(f'{_one_line(e)}: see --help for all settings and their form') from e
+  except Exception as e:  # whatever the file raises when it is run
+    raise errors.UserError(f"'{known.config}' is no configuration ({type(e).__name__}: "
+                           f'{_one_line(e)}): set --config=configs/NAME.py') from e
+  if not isinstance(config, config_dict.ConfigDict):
+    raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, must "
+                           'return a ConfigDict: see configs/digits.py')
+  return config, known.workdir
 
 
 def run(config, workdir, devices=None):
@@ -140,7 +147,10 @@ def _raise_user_error(message):
 
 
 def _one_line(error):
-  return ' '.join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+  text = str(error.args[0] if isinstance(error, KeyError) else error)
+  if 'Traceback' in text:
+    text = text.strip().splitlines()[-1]
+  return ' '.join(text.split())
 
 
 if __name__ == '__main__':

@@ -71,6 +71,11 @@ def make_mesh(devices=None):
                        axis_types=(jax.sharding.AxisType.Auto,))
 
 
+def on_cpu(mesh):
+  """Whether the devices are CPUs."""
+  return mesh.devices.flat[0].platform == 'cpu'
+
+
 def total_steps(config, num_rows):
   """Steps of the whole run: `config.steps`, or what completes `config.epochs`."""
   if config.steps is not None:
@@ -116,7 +121,10 @@ def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
         batch_stats=variables['batch_stats'], opt_state=optimizer.init(variables['params']),
         bank=pad_rows(bank, mesh.size), normalizer=jnp.zeros((), _wide(config)))
 
-  return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
+  # XLA:CPU spends seconds on optimising the random numbers of every layer; this runs once.
+  options = {'xla_backend_optimization_level': 0} if on_cpu(mesh) else None
+  return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)),
+                 compiler_options=options)()
 
 
 def state_shardings(mesh, state):
@@ -218,7 +226,7 @@ def update(state, index, noise_index, *, encode, optimizer, loss, bank_momentum,
   grads, (features, batch_stats, normalizer, metrics) = jax.grad(
       objective, has_aux=True)(state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  metrics['grad_norm'] = optax.global_norm(grads)
+  metrics['grad_norm'] = optax.tree.norm(grads)
   return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
@@ -327,8 +335,7 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
   run_steps = map_over_mesh(mesh, functools.partial(
       train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows))
   schedule = learning_rate_schedule(config, num_rows)
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  per_dispatch = config.steps_per_dispatch or (1 if on_cpu else 100)
+  per_dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else 100)
   batch_size, end = config.batch_size, total_steps(config, num_rows)
   epoch_of = lambda step: step * batch_size // num_rows
   fitted = Fitted()

@@ -1,0 +1,210 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+from instdisc_jax import config as config_lib
+from instdisc_jax import data
+from instdisc_jax import errors
+from instdisc_jax.data import digits
+from instdisc_jax.data import order
+from instdisc_jax.data import tfds as tfds_lib
+
+SHARED_TFDS = pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'tfds'
+
+
+def _config(name, **kwargs):
+  config = config_lib.default().dataset
+  config.update(name=name, **kwargs)
+  return config
+
+
+class TestOrder:
+
+  def test_every_epoch_is_a_permutation_and_batches_straddle_epochs(self):
+    chain = np.concatenate([order.batch_index(0, t, 8, 29) for t in range(29)])  # 8 epochs of 29
+    epochs = chain.reshape(8, 29)
+    for epoch in epochs:
+      np.testing.assert_array_equal(np.sort(epoch), np.arange(29))
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    assert all(len(order.batch_index(0, t, 8, 29)) == 8 for t in range(10))
+
+  def test_a_batch_is_a_function_of_seed_and_step_alone(self):
+    later = order.batch_index(3, 1000, 8, 29)
+    for step in (5, 2000, 0):
+      order.batch_index(3, step, 8, 29)
+    np.testing.assert_array_equal(order.batch_index(3, 1000, 8, 29), later)
+    assert not np.array_equal(order.batch_index(4, 1000, 8, 29), later)
+
+  def test_the_chain_does_not_depend_on_the_batch_size(self):
+    chain = lambda size: np.concatenate([order.batch_index(0, t, size, 29)
+                                         for t in range(120 // size)])
+    np.testing.assert_array_equal(chain(8), chain(60))
+
+  def test_a_batch_may_span_several_epochs(self):
+    np.testing.assert_array_equal(np.bincount(order.batch_index(0, 1, 12, 4)), [3, 3, 3, 3])
+
+  def test_the_order_is_the_same_on_every_numpy(self):
+    np.testing.assert_array_equal(order.batch_index(0, 0, 8, 100), [13, 97, 16, 37, 21, 35, 55, 86])
+
+
+class TestDigits:
+
+  def test_real_digits_fill_a_fixed_canvas(self):
+    dataset = data.load(_config('digits'), seed=0)
+    assert dataset.train_images.shape == (1297, 32, 32, 3) and dataset.train_images.dtype == np.uint8
+    assert dataset.test_images.shape == (500, 32, 32, 3)
+    np.testing.assert_array_equal(np.unique(dataset.train_labels), np.arange(10))
+    assert data.load(_config('digits'), seed=1).fingerprint == dataset.fingerprint
+
+  def test_no_test_image_comes_from_a_training_original(self):
+    from sklearn import datasets
+    originals = datasets.load_digits().images.reshape(-1, 64)
+    train = {x.tobytes() for x in originals[:digits.NUM_TRAIN]}
+    assert not any(x.tobytes() in train for x in originals[digits.NUM_TRAIN:])
+
+  def test_places_and_sizes_vary(self):
+    drawn = digits.load()[0][0][..., 0] > 0
+    heights = drawn.any(axis=2).sum(axis=1)
+    tops = drawn.any(axis=2).argmax(axis=1)
+    assert np.unique(heights).size > 5 and np.unique(tops).size > 5
+
+
+class TestLimit:
+
+  def test_a_seeded_subset(self):
+    whole = data.load(_config('digits'), seed=0)
+    few, other = (data.load(_config('digits', limit=50), seed=seed) for seed in (0, 1))
+    assert len(few.train_images) == len(few.train_labels) == 50
+    pictures = {x.tobytes() for x in whole.train_images}
+    assert all(x.tobytes() in pictures for x in few.train_images)
+    assert len({whole.fingerprint, few.fingerprint, other.fingerprint}) == 3
+    assert len(few.test_images) == 500
+
+  def test_more_than_there_are(self):
+    with pytest.raises(errors.UserError, match=r'dataset.limit is 5000.*1297.*set --config'):
+      data.load(_config('digits', limit=5000), seed=0)
+
+
+class TestArrays:
+
+  images = np.random.default_rng(0).integers(0, 256, (6, 8, 10, 3), dtype=np.uint8)
+
+  def _load(self, path, **arrays):
+    np.savez(path / 'a.npz', **arrays)
+    return data.load(_config(f'arrays:{path / "a.npz"}'), seed=0)
+
+  def test_images_alone(self, tmp_path):
+    dataset = self._load(tmp_path, images=self.images)
+    np.testing.assert_array_equal(dataset.train_images, self.images)
+    assert dataset.train_labels is None and dataset.test_images is None
+
+  def test_labels_and_test_images(self, tmp_path):
+    dataset = self._load(tmp_path, images=self.images, labels=np.arange(6),
+                         test_images=self.images[:2], test_labels=np.array([1, 0]))
+    np.testing.assert_array_equal(dataset.train_labels, np.arange(6))
+    np.testing.assert_array_equal(dataset.test_labels, [1, 0])
+
+  def test_the_fingerprint_follows_the_pictures(self, tmp_path):
+    other = self.images.copy()
+    other[0, 0, 0, 0] ^= 1
+    assert (self._load(tmp_path, images=self.images).fingerprint
+            != self._load(tmp_path, images=other).fingerprint)
+
+  @pytest.mark.parametrize('arrays, message', [
+      (dict(pictures=images), "must have 'images'"),
+      (dict(images=images / 255), r"'images' in .* is float64 \[6, 8, 10, 3\], must be uint8"),
+      (dict(images=images[..., :1]), r'must be uint8 \[N, H, W, 3\]'),
+      (dict(images=images[:0]), r'must be uint8 \[N, H, W, 3\]'),
+      (dict(images=images, labels=np.arange(5)), "'labels' .* one integer per image"),
+      (dict(images=images, labels=np.arange(6) - 1), "'labels' .* has the value -1"),
+      (dict(images=images, labels=np.ones(6)), "'labels' .* one integer per image"),
+      (dict(images=images, test_labels=np.arange(6)), "'test_labels' .* one integer per image"),
+      (dict(images=np.array([{}], dtype=object)), 'no readable .npz of plain arrays'),
+  ])
+  def test_wrong_contents_are_named(self, tmp_path, arrays, message):
+    with pytest.raises(errors.UserError, match=message):
+      self._load(tmp_path, **arrays)
+
+  def test_no_file_and_no_npz(self, tmp_path):
+    (tmp_path / 'text.npz').write_text('not a zip')
+    for name, message in (('none.npz', 'no file'), ('text.npz', 'no readable .npz')):
+      with pytest.raises(errors.UserError, match=message):
+        data.load(_config(f'arrays:{tmp_path / name}'), seed=0)
+
+
+class TestTfds:
+
+  @pytest.fixture(scope='class')
+  def prepared(self, tmp_path_factory):
+    """A tiny builder whose pictures are arrays, prepared without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+      """Colour and gray pictures given as arrays."""
+      VERSION = tfds.core.Version('1.0.0')
+      pictures = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), dtype=np.uint8)
+      channels = 3
+
+      def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(5, 6, self.channels)),
+            'label': tfds.features.ClassLabel(names=['cat', 'dog'])}))
+
+      def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples(0, 5), 'test': self._generate_examples(5, 7)}
+
+      def _generate_examples(self, first, last):
+        for i in range(first, last):
+          yield i, {'image': self.pictures[i, :, :, :self.channels], 'label': i % 2}
+
+    class TinyGray(Tiny):
+      """One channel."""
+      VERSION = tfds.core.Version('1.0.0')
+      channels = 1
+
+    return tmp_path_factory.mktemp('tfds'), Tiny
+
+  @pytest.mark.parametrize('name', ['tiny', 'tiny_gray'])
+  def test_array_pictures_are_prepared_and_read_back_exactly(self, prepared, name):
+    import sys
+    data_dir, tiny = prepared
+    dataset = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
+    assert 'tensorflow' not in sys.modules
+    assert dataset.class_names == ('cat', 'dog') and len(dataset.test_images) == 2
+    pictures = tiny.pictures[:5] if name == 'tiny' else np.repeat(tiny.pictures[:5, ..., :1], 3, 3)
+    given = {p.tobytes(): i % 2 for i, p in enumerate(pictures)}
+    assert {p.tobytes(): l for p, l in zip(dataset.train_images, dataset.train_labels)} == given
+    again = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
+    np.testing.assert_array_equal(again.train_images, dataset.train_images)
+    assert again.fingerprint == dataset.fingerprint
+
+  def test_a_download_that_fails_names_the_data_dir(self, monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+    def no_network(*args, **kwargs):
+      raise ConnectionError('Name or service not known')
+    monkeypatch.setattr(tfds.download.DownloadManager, 'download', no_network)
+    monkeypatch.setattr(tfds.download.DownloadManager, 'download_and_extract', no_network)
+    with pytest.raises(errors.UserError, match='tfds:mnist is not prepared.*Name or service.*'
+                                               'set --config.dataset.data_dir'):
+      tfds_lib.load('mnist', str(tmp_path))
+
+  def test_unknown_sets_and_folders(self, tmp_path):
+    with pytest.raises(errors.UserError, match="TFDS knows no data set 'cifar11'"):
+      tfds_lib.load('cifar11', str(tmp_path))
+    with pytest.raises(errors.UserError, match="dataset.data_dir is '/nowhere', which is no folder"):
+      tfds_lib.load('cifar10', '/nowhere')
+
+  @pytest.mark.skipif(not SHARED_TFDS.exists(), reason='no prepared CIFAR-10 beside the project')
+  def test_cifar10(self):
+    dataset = data.load(_config('tfds:cifar10', data_dir=str(SHARED_TFDS)), seed=0)
+    assert dataset.train_images.shape == (50_000, 32, 32, 3)
+    assert dataset.test_images.shape == (10_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(dataset.train_labels), 5000)
+    assert dataset.class_names[3] == 'cat' and len(dataset.class_names) == 10
+
+
+def test_an_unknown_kind_of_data():
+  for name in ('mnist', 'folder:', 'tfds:', 'arrays:', ''):
+    with pytest.raises(errors.UserError, match='must be digits, tfds:NAME or arrays:FILE.npz'):
+      data.load(_config(name), seed=0)

@@ -1,0 +1,83 @@
+import functools
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instdisc_jax import train
+from instdisc_jax.evaluation import knn
+from tests import twins
+
+Q, N, D, C = 53, 4001, 12, 7  # primes: nothing divides them
+
+
+def _inputs():
+  random = np.random.default_rng(0)
+  queries, bank = twins.unit_rows(random, Q, D), twins.unit_rows(random, N, D)
+  return queries, bank, random.integers(0, C, N)
+
+
+@pytest.fixture(autouse=True)
+def few_scores_at_once(monkeypatch):
+  monkeypatch.setattr(knn, '_SCORES', 20_000)  # so that queries come in several chunks
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+@pytest.mark.parametrize('k', [1, 20, 200])
+def test_scores_equal_brute_force(k, num_devices):
+  queries, bank, labels = _inputs()
+  expected = twins.class_scores(queries, bank, labels, k, 0.1, C)
+  kwargs = dict(k=k, temperature=0.1, num_classes=C)
+  arrays = queries.astype('f4'), bank.astype('f4'), labels
+  if num_devices is None:
+    scores = knn.class_scores(*arrays, **kwargs)
+  else:
+    fn = functools.partial(knn.class_scores, axis_name=train.AXIS, num_rows=N, **kwargs)
+    scores = jax.jit(jax.shard_map(fn, mesh=train.make_mesh(), in_specs=(P(), P(train.AXIS), P()),
+                                   out_specs=P(), check_vma=False))(
+                                       arrays[0], train.pad_rows(arrays[1], 8), labels)
+  np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.max())
+  np.testing.assert_array_equal(np.argmax(scores, axis=1), np.argmax(expected, axis=1))
+
+
+@pytest.mark.parametrize('num_devices', [1, 8])
+def test_nearest_rows_equal_brute_force_and_leave_out_the_own_row(num_devices):
+  _, bank, _ = _inputs()
+  own = np.arange(0, N, 80)[:Q].astype(np.int32)
+  similarity = bank[own] @ bank.T
+  similarity[np.arange(len(own)), own] = -np.inf
+  expected = np.argsort(-similarity, axis=1, kind='stable')[:, :20]
+  search = knn.map_over_mesh(train.make_mesh(jax.devices()[:num_devices]), 20, N)
+  padded = train.pad_rows(jnp.asarray(bank, jnp.float32), num_devices)
+  found, row = search(bank[own].astype('f4'), padded, own)
+  np.testing.assert_array_equal(row, expected)
+  np.testing.assert_allclose(found, np.take_along_axis(similarity, expected, axis=1), atol=1e-6)
+
+
+def test_fewer_rows_on_a_device_than_neighbours():
+  queries, bank, labels = _inputs()
+  bank, labels = bank[:11], labels[:11]  # two rows a device, and padding
+  search = knn.map_over_mesh(train.make_mesh(), 11, 11)
+  _, row = search(queries.astype('f4'), train.pad_rows(bank.astype('f4'), 8),
+                  np.full(Q, -1, np.int32))
+  np.testing.assert_array_equal(row, np.argsort(-(queries @ bank.T), axis=1))
+
+
+@pytest.mark.parametrize('k', [1, 5, 60])
+@pytest.mark.parametrize('n', [60, 1000, 1001])
+def test_top_k_equals_a_full_sort(n, k):
+  scores = np.random.default_rng(n).standard_normal(n).astype('f4')
+  best, place = knn.top_k(jnp.asarray(scores), k)
+  expected = np.argsort(-scores)[:k]
+  np.testing.assert_array_equal(place, expected)
+  np.testing.assert_array_equal(best, scores[expected])
+
+
+def test_top1_counts_right_votes():
+  similarity = np.array([[0.9, 0.8, 0.8], [0.9, 0.1, 0.1]], np.float32)
+  row = np.array([[0, 1, 2], [0, 1, 2]])
+  labels = np.array([4, 2, 2])  # first query: two of class 2 outvote class 4; second: not
+  for truth, share in (([2, 4], 1.0), ([4, 4], 0.5), ([4, 2], 0.0)):
+    assert knn.top1(similarity, row, labels, np.array(truth), 0.5) == share

@@ -1,0 +1,174 @@
+import functools
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instdisc_jax import losses
+from instdisc_jax import train
+from tests import twins
+
+N, D, B = 203, 16, 16
+TEMPERATURE, NORMALIZER = 0.1, 900.0
+
+
+def _inputs(num_noise, seed=0):
+  random = np.random.default_rng(seed)
+  features, bank = twins.unit_rows(random, B, D), twins.unit_rows(random, N, D)
+  bank *= random.uniform(0.8, 1.2, (N, 1))  # start rows are not of unit norm
+  index = random.integers(0, N, B)
+  index[5] = index[2]  # the same image twice
+  noise_index = random.integers(0, N, (B, num_noise))
+  noise_index[0, :1] = index[0]  # noise that hits the positive
+  return features, bank, index, noise_index
+
+
+CASES = {
+    'softmax': (losses.softmax_loss, twins.softmax, 0, {}),
+    'nce_by_matmul': (losses.nce_loss, twins.nce, 40, {'normalizer': NORMALIZER}),
+    'nce_by_gather': (losses.nce_loss, twins.nce, 1, {'normalizer': NORMALIZER}),
+    'sampled_by_matmul': (losses.sampled_softmax_loss, twins.sampled_softmax, 40, {}),
+    'sampled_by_gather': (losses.sampled_softmax_loss, twins.sampled_softmax, 1, {}),
+    'proximal': (losses.proximal_penalty, lambda f, b, i, temperature: twins.proximal(f, b, i), 0,
+                 {}),
+}
+
+
+def _call(case, num_devices, dtype):
+  """Loss and gradient of the loss's mean, by the twin and by the product on so many devices."""
+  loss_fn, twin, num_noise, extra = CASES[case]
+  *arrays, noise_index = _inputs(num_noise or 1)
+  arrays += [noise_index] if num_noise else []
+  expected = twin(*arrays, TEMPERATURE, *extra.values())
+  if case != 'proximal':
+    extra = dict(extra, temperature=TEMPERATURE)
+  features, bank, index, *noise = (jnp.asarray(a, dtype if a.dtype == float else jnp.int32)
+                                   for a in arrays)
+  if num_devices is None:
+    fn = lambda f: (jnp.mean(loss := loss_fn(f, bank, index, *noise, **extra)), loss)
+    (_, loss), grad = jax.value_and_grad(fn, has_aux=True)(features)
+    return expected, loss, grad * B
+  mesh = train.make_mesh(jax.devices()[:num_devices])
+
+  def device(features, bank, index, *noise):
+    def mean_loss(f):
+      loss = loss_fn(f, bank, index, *noise, axis_name=train.AXIS, num_rows=N, **extra)
+      return jax.lax.pmean(loss.mean(), train.AXIS), loss
+    (_, loss), grad = jax.value_and_grad(mean_loss, has_aux=True)(features)
+    return loss, grad
+
+  local, whole = P(train.AXIS), P()
+  mapped = jax.jit(jax.shard_map(device, mesh=mesh, out_specs=(local, local),
+                                 in_specs=(local, local, local) + (whole,) * len(noise)))
+  loss, grad = mapped(features, train.pad_rows(bank, num_devices), index, *noise)
+  return expected, loss, grad * B
+
+
+@pytest.mark.parametrize('num_devices', [None, 1, 8])
+@pytest.mark.parametrize('case', CASES)
+def test_loss_and_gradient_equal_the_float64_twin(case, num_devices):
+  (loss64, grad64), loss, grad = _call(case, num_devices, jnp.float32)
+  np.testing.assert_allclose(loss, loss64, rtol=3e-6, atol=3e-6)
+  np.testing.assert_allclose(grad, grad64, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_float64_is_exact(case):
+  with jax.enable_x64(True):
+    for num_devices in (None, 8):
+      (loss64, grad64), loss, grad = _call(case, num_devices, jnp.float64)
+      np.testing.assert_allclose(loss, loss64, rtol=1e-12, atol=1e-12)
+      np.testing.assert_allclose(grad, grad64, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('block_rows', [1, 7, 29, 64, 202, 203, 1000])  # 7 and 29 divide 203
+def test_streamed_softmax_equals_dense_for_any_block_size(block_rows):
+  features, bank, index, _ = _inputs(1)
+  with jax.enable_x64(True):
+    dense = twins.softmax(features, bank, index, TEMPERATURE)
+    fn = lambda f: losses.softmax_loss(f, jnp.asarray(bank), jnp.asarray(index),
+                                       temperature=TEMPERATURE, block_rows=block_rows)
+    loss, pull = jax.vjp(fn, jnp.asarray(features))
+    np.testing.assert_allclose(loss, dense[0], rtol=1e-12)
+    np.testing.assert_allclose(pull(jnp.ones(B))[0], dense[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_gradient_equals_finite_differences(case):
+  loss_fn, _, num_noise, extra = CASES[case]
+  features, bank, index, noise_index = _inputs(num_noise or 1)
+  if case != 'proximal':
+    extra = dict(extra, temperature=TEMPERATURE)
+  with jax.enable_x64(True):
+    columns = [jnp.asarray(x) for x in (bank, index, noise_index)[:2 + bool(num_noise)]]
+    fn = lambda f: jnp.sum(loss_fn(f, *columns, **extra) * jnp.arange(1, B + 1))
+    direction = np.random.default_rng(1).standard_normal((B, D))
+    grad = np.sum(jax.grad(fn)(jnp.asarray(features)) * direction)
+    numeric = (fn(features + 1e-5 * direction) - fn(features - 1e-5 * direction)) / 2e-5
+  np.testing.assert_allclose(grad, numeric, rtol=1e-7)
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+@pytest.mark.parametrize('num_noise', [1, 40])
+def test_normalizer_equals_the_twin(num_noise, num_devices):
+  features, bank, index, noise_index = _inputs(num_noise)
+  expected = twins.normalizer(features, bank, index, noise_index, TEMPERATURE)
+  arrays = [jnp.asarray(x, jnp.float32) for x in (features, bank)] + [index, noise_index]
+  fn = functools.partial(losses.estimate_normalizer, temperature=TEMPERATURE)
+  if num_devices:
+    mesh = train.make_mesh(jax.devices()[:num_devices])
+    local = P(train.AXIS)
+    fn = jax.shard_map(functools.partial(fn, axis_name=train.AXIS, num_rows=N), mesh=mesh,
+                       in_specs=(local, local, local, P()), out_specs=P())
+    arrays[1] = train.pad_rows(arrays[1], num_devices)
+  np.testing.assert_allclose(fn(*arrays), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('case', ['softmax', 'nce_by_matmul', 'sampled_by_matmul'])
+def test_the_bank_is_data(case):
+  loss_fn, _, num_noise, extra = CASES[case]
+  features, bank, index, noise_index = _inputs(num_noise or 1)
+  noise = [noise_index] if num_noise else []
+  grad = jax.grad(lambda bank: jnp.sum(loss_fn(
+      jnp.asarray(features), bank, index, *noise, temperature=TEMPERATURE, **extra)))
+  assert not np.any(grad(jnp.asarray(bank)))
+
+
+@pytest.mark.parametrize('case', ['softmax', 'nce_by_matmul', 'sampled_by_matmul'])
+@pytest.mark.parametrize('temperature', [0.002, 50.0])
+def test_extreme_temperatures_stay_finite(case, temperature):
+  loss_fn, _, num_noise, extra = CASES[case]
+  features, bank, index, noise_index = _inputs(num_noise or 1)
+  noise = [noise_index] if num_noise else []
+  fn = lambda f: jnp.sum(loss_fn(f, bank.astype('f4'), index, *noise, temperature=temperature,
+                                 **extra))
+  loss, grad = jax.value_and_grad(fn)(jnp.asarray(features, jnp.float32))
+  assert np.isfinite(loss) and np.all(np.isfinite(grad))
+
+
+def test_softmax_where_some_devices_hold_only_padding():
+  random = np.random.default_rng(3)
+  features, bank = twins.unit_rows(random, 8, D), twins.unit_rows(random, 5, D)  # 5 rows, 8 devices
+  index = np.arange(8) % 5
+  local = P(train.AXIS)
+  fn = jax.shard_map(
+      functools.partial(losses.softmax_loss, temperature=TEMPERATURE, axis_name=train.AXIS,
+                        num_rows=5),
+      mesh=train.make_mesh(), in_specs=(local, local, local), out_specs=local)
+  loss = fn(features.astype('f4'), train.pad_rows(bank.astype('f4'), 8), index)
+  np.testing.assert_allclose(loss, twins.softmax(features, bank, index, TEMPERATURE)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('case', ['softmax', 'nce_by_matmul', 'sampled_by_matmul'])
+def test_bfloat16_bank_costs_only_its_rounding(case):
+  loss_fn, twin, num_noise, extra = CASES[case]
+  features, bank, index, noise_index = _inputs(num_noise or 1)
+  noise = [noise_index] if num_noise else []
+  rounded = np.asarray(jnp.asarray(bank, jnp.bfloat16), np.float64)
+  expected, _ = twin(features, rounded, index, *noise, TEMPERATURE, *extra.values())
+  loss = loss_fn(jnp.asarray(features, jnp.float32), jnp.asarray(bank, jnp.bfloat16), index, *noise,
+                 temperature=TEMPERATURE, **extra)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, expected, atol=0.15)  # scores to 2^-9, over τ, in M + 1 columns

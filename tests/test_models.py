@@ -1,0 +1,123 @@
+import functools
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instdisc_jax import models
+from instdisc_jax import train
+from instdisc_jax.models import conv
+from instdisc_jax.models import resnet
+
+
+def _shapes(name, size, **kwargs):
+  model = models.create(name, **kwargs)
+  images = jnp.zeros((2, size, size, 3))
+  return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+
+@pytest.mark.parametrize('name, size, millions', [  # torchvision's counts, less fc (and 3x3 stems)
+    ('resnet18', 224, 11.177), ('resnet34', 224, 21.285), ('resnet50', 224, 23.508),
+    ('resnet101', 224, 42.500), ('resnet18_cifar', 32, 11.169), ('resnet34_cifar', 32, 21.277),
+    ('resnet50_cifar', 32, 23.501)])
+def test_encoders_have_the_known_number_of_parameters(name, size, millions):
+  params = dict(_shapes(name, size)['params'])
+  head = params.pop('fc')
+  assert head['kernel'].shape[1] == 128
+  assert sum(np.prod(p.shape) for p in jax.tree.leaves(params)) == pytest.approx(
+      millions * 1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize('name', ['resnet10_cifar', 'resnet10', 'resnet50_cifar'])
+def test_embeddings_are_unit_vectors(name):
+  model = models.create(name, embedding_dim=12, width=4)
+  images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
+  variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
+  for train_mode in (False, True):
+    features, _ = jax.jit(lambda v, x: model.apply(v, x, train=train_mode, mutable=True))(
+        variables, images)
+    assert features.shape == (3, 12)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+  model = models.create('resnet10_cifar', width=4, dtype=jnp.bfloat16)
+  images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+  variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+  features = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+  assert features.dtype == jnp.float32
+  text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, images).as_text()
+  convolutions = [line for line in text.splitlines() if 'stablehlo.convolution' in line]
+  assert convolutions and all('xbf16>' in line.split('->')[-1] for line in convolutions)
+  exact = models.create('resnet10_cifar', width=4).apply(variables, images, train=False)
+  assert np.sum(features * exact, axis=1).min() > 0.99
+
+
+def test_an_unknown_name_lists_the_known_ones():
+  with pytest.raises(KeyError, match=r"unknown model 'resnet19'; known: .*resnet18_cifar"):
+    models.create('resnet19')
+
+
+def test_the_same_seed_gives_the_same_parameters():
+  model = models.create('resnet10_cifar', width=2)
+  init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)), train=False))
+  same = jax.tree.map(np.array_equal, init(jax.random.key(3)), init(jax.random.key(3)))
+  assert all(jax.tree.leaves(same))
+
+
+class TestBatchNorm:
+  x = np.random.default_rng(0).normal(3, 2, (16, 4, 5, 6)).astype('f4')
+
+  def _init(self, **kwargs):
+    norm = resnet.BatchNorm(**kwargs)
+    variables = norm.init(jax.random.key(0), self.x)
+    params = {'scale': jnp.arange(1.0, 7), 'bias': jnp.arange(6.0)}
+    return norm, {'params': params, 'batch_stats': variables['batch_stats']}
+
+  def test_train_mode_normalises_by_the_batch_and_keeps_the_unbiased_variance(self):
+    norm, variables = self._init(train=True)
+    y, updated = norm.apply(variables, self.x, mutable=['batch_stats'])
+    mean, var = self.x.mean((0, 1, 2)), self.x.var((0, 1, 2))
+    expected = (self.x - mean) / np.sqrt(var + 1e-5) * np.arange(1, 7) + np.arange(6)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    running = updated['batch_stats']
+    np.testing.assert_allclose(running['mean'], 0.1 * mean, rtol=1e-5)
+    unbiased = self.x.var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(running['var'], 0.9 + 0.1 * unbiased, rtol=1e-5)
+
+  def test_eval_mode_uses_the_running_statistics(self):
+    norm, variables = self._init(train=False)
+    variables['batch_stats'] = {'mean': jnp.full(6, 2.0), 'var': jnp.full(6, 4.0)}
+    y = norm.apply(variables, self.x)
+    expected = (self.x - 2) / np.sqrt(4 + 1e-5) * np.arange(1, 7) + np.arange(6)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+  def test_synchronised_over_8_devices_equals_one_device(self):
+    alone, variables = self._init(train=True)
+    sync, _ = resnet.BatchNorm(train=True, axis_name=train.AXIS), None
+    fn = lambda v, x: sync.apply(v, x, mutable=['batch_stats'])
+    mapped = jax.shard_map(fn, mesh=train.make_mesh(), in_specs=(P(), P(train.AXIS)),
+                           out_specs=(P(train.AXIS), P()))
+    expected = alone.apply(variables, self.x, mutable=['batch_stats'])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+                 mapped(variables, self.x), expected)
+
+
+@pytest.mark.parametrize('kernel, stride, batch', [(3, 1, 40), (3, 2, 33), (1, 2, 17), (7, 2, 5)])
+def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
+  random = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x = jnp.asarray(random.standard_normal((batch, 12, 12, 3)))
+    w = jnp.asarray(random.standard_normal((kernel, kernel, 3, 5)))
+    pad = (kernel - 1) // 2
+    plain = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    y, pull = jax.vjp(plain, x, w)
+    ours, our_pull = jax.vjp(lambda x, w: conv._conv(x, w, stride), x, w)
+    np.testing.assert_array_equal(ours, y)
+    cotangent = jnp.asarray(random.standard_normal(y.shape))
+    for grad, expected in zip(our_pull(cotangent), pull(cotangent)):
+      np.testing.assert_allclose(grad, expected, rtol=1e-10, atol=1e-10)

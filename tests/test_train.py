@@ -1,0 +1,234 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instdisc_jax import bank as bank_lib
+from instdisc_jax import train
+from instdisc_jax.data import order
+from instdisc_jax.models import resnet
+from tests.conftest import small_config
+
+N, B = 45, 16  # no device count divides N
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, 12, 12, 3), dtype=np.uint8)
+
+
+def _config(**loss):
+  config = small_config()
+  config.model.sync_batch_norm = True
+  config.batch_size = B
+  config.epochs = 20
+  config.loss.noise_count = 20
+  config.loss.update(loss)
+  return config
+
+
+def _set_up(config, num_devices, step_fn=train.train_step):
+  """(state, run_steps, images) of a two-block ResNet over so many devices."""
+  mesh = train.make_mesh(jax.devices()[:num_devices])
+  encoder = resnet.ResNet(
+      resnet.BasicBlock, (1, 1), True, embedding_dim=config.model.embedding_dim, width=4,
+      dtype=config.model.dtype,
+      batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
+  optimizer = train.make_optimizer(config, N)
+  state = train.init_state(config, encoder, optimizer, N, IMAGES.shape[1:], mesh)
+  run_steps = train.map_over_mesh(mesh, functools.partial(
+      step_fn, config=config, encoder=encoder, optimizer=optimizer, num_rows=N))
+  return state, run_steps, mesh
+
+
+def _run(config, num_devices, num_steps, per_dispatch=1):
+  """(losses, grad norms, bank [N, D], state) after so many steps."""
+  state, run_steps, mesh = _set_up(config, num_devices)
+  history = []
+  for step in range(0, num_steps, per_dispatch):
+    index = train._place_batches(config.seed, step, per_dispatch, B, N, mesh)
+    count = min(per_dispatch, num_steps - step)
+    state, metrics = run_steps(state, IMAGES, index, count)
+    history.append(jax.tree.map(lambda x: np.asarray(x)[:count], metrics))
+  history = jax.tree.map(lambda *x: np.concatenate(x), *history)
+  return history, np.asarray(state.bank)[:N], state
+
+
+@pytest.fixture(scope='module')
+def float64_runs():
+  config = _config()
+  config.model.dtype = config.bank.dtype = 'float64'
+  with jax.enable_x64(True):
+    return [_run(config, n, 20)[:2] for n in (1, 2, 4, 8)]
+
+
+@pytest.fixture(scope='module')
+def float32_runs():
+  config = _config()
+  config.optimizer.learning_rate = 1e-4
+  return [_run(config, n, 20)[:2] for n in (1, 2, 4, 8)]
+
+
+def test_20_steps_are_the_same_on_1_2_4_and_8_devices_in_float64(float64_runs):
+  (history, bank), *others = float64_runs
+  assert np.ptp(history['loss']) > 0.5  # it does move
+  for other_history, other_bank in others:
+    np.testing.assert_allclose(other_history['loss'], history['loss'], rtol=1e-8)
+    np.testing.assert_allclose(other_bank, bank, atol=1e-7)
+
+
+def test_20_steps_are_the_same_on_1_2_4_and_8_devices_in_float32(float32_runs):
+  (history, bank), *others = float32_runs
+  for other_history, other_bank in others:
+    np.testing.assert_allclose(other_history['loss'], history['loss'], rtol=1e-5)
+    np.testing.assert_allclose(other_bank, bank, atol=1e-4)
+
+
+def test_gradient_scale_does_not_depend_on_the_device_count(float64_runs):
+  (history, _), *others = float64_runs
+  assert history['grad_norm'].min() > 0.01
+  for other, _ in others:
+    np.testing.assert_allclose(other['grad_norm'], history['grad_norm'], rtol=1e-7)
+
+
+@pytest.mark.parametrize('loss', [
+    dict(name='nce', normalizer='ema', proximal_weight=3.0), dict(name='sampled_softmax')])
+def test_the_sampled_losses_are_the_same_on_1_and_8_devices(loss):
+  config = _config(**loss)
+  config.model.dtype = config.bank.dtype = 'float64'
+  with jax.enable_x64(True):
+    (history, bank, _), (history8, bank8, _) = (_run(config, n, 6) for n in (1, 8))
+  for name, values in history.items():
+    np.testing.assert_allclose(history8[name], values, rtol=1e-8, atol=1e-12, err_msg=name)
+  np.testing.assert_allclose(bank8, bank, atol=1e-7)
+
+
+def test_many_steps_in_one_dispatch_equal_single_steps():
+  config = _config()
+  config.optimizer.learning_rate = 1e-4
+  history, bank, state = _run(config, 1, 5)
+  together, bank_together, state_together = _run(config, 1, 5, per_dispatch=8)
+  np.testing.assert_allclose(together['loss'], history['loss'], rtol=1e-5)
+  np.testing.assert_allclose(bank_together, bank, atol=1e-4)
+  assert int(state_together.step) == int(state.step) == 5
+
+
+def test_the_step_is_traced_once_and_donates_its_state():
+  step_fn = chex.assert_max_traces(train.train_step, n=1)
+  config = _config()
+  state, run_steps, mesh = _set_up(config, 2, step_fn)
+  for step in range(7):  # past the end of two epochs
+    old = state
+    state, _ = run_steps(state, IMAGES, train._place_batches(0, step, 1, B, N, mesh), 1)
+    assert old.bank.is_deleted() and jax.tree.leaves(old.params)[0].is_deleted()
+  assert int(state.step) == 7
+
+
+def test_bank_rows_move_to_the_features_of_their_own_images():
+  config = _config()
+  config.bank.momentum = 0.0  # so that a row is its image's feature
+  config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0.0, contrast=0.0,
+                        saturation=0.0, hue=0.0, grayscale=0.0)
+  config.optimizer.learning_rate = 1e-12
+  state, run_steps, mesh = _set_up(config, 8)
+  before = np.asarray(state.bank)
+  index = order.batch_index(0, 0, B, N)
+  state, _ = run_steps(state, IMAGES, train._place_batches(0, 0, 1, B, N, mesh), 1)
+  after = np.asarray(state.bank)
+  seen = np.isin(np.arange(len(after)), index)
+  np.testing.assert_array_equal(after[~seen], before[~seen])
+  np.testing.assert_allclose(np.linalg.norm(after[seen], axis=1), 1, rtol=1e-5)
+  assert len(after) == 48 and not after[N:].any()  # padded to 8 devices
+  # The same picture without augmentation, through the encoder in the same batch, is that row.
+  encoder = resnet.ResNet(resnet.BasicBlock, (1, 1), True, embedding_dim=16, width=4)
+  pictures = (IMAGES[index] / 255 - np.array(config.augment.mean)) / np.array(config.augment.std)
+  features, _ = encoder.apply({'params': state.params, 'batch_stats': state.batch_stats},
+                              jnp.asarray(pictures, jnp.float32), train=True,
+                              mutable=['batch_stats'])
+  np.testing.assert_allclose(after[index], features, atol=2e-4)
+
+
+def test_normalizer_is_frozen_followed_or_given():
+  drift = {}
+  for normalizer in ('first_batch', 'ema', '123.5'):
+    history, _, state = _run(_config(name='nce', normalizer=normalizer, normalizer_decay=0.9), 2, 6)
+    z, drift[normalizer] = history['normalizer'], history['normalizer_drift']
+    estimate = z * np.exp(drift[normalizer])
+    if normalizer == 'first_batch':
+      np.testing.assert_array_equal(z, z[0])
+      np.testing.assert_allclose(estimate[0], z[0], rtol=1e-6)
+    elif normalizer == 'ema':
+      np.testing.assert_allclose(z[1:], 0.9 * z[:-1] + 0.1 * estimate[1:], rtol=1e-5)
+    else:
+      np.testing.assert_array_equal(z, 123.5)
+    np.testing.assert_allclose(float(state.normalizer), z[-1], rtol=1e-6)
+
+
+def test_the_proximal_term_adds_its_weight_times_the_penalty():
+  plain, _, _ = _run(_config(), 2, 1)
+  history, _, _ = _run(_config(proximal_weight=7.0), 2, 1)
+  assert history['proximal_penalty'][0] > 0.1
+  np.testing.assert_allclose(history['loss'], plain['loss'] + 7 * history['proximal_penalty'],
+                             rtol=1e-5)
+
+
+def test_per_device_batch_norm_keeps_one_set_of_statistics():
+  config = _config()
+  config.model.sync_batch_norm = False
+  history, _, state = _run(config, 8, 3)
+  assert np.all(np.isfinite(history['loss']))
+  for stats in jax.tree.leaves(state.batch_stats):
+    copies = [np.asarray(shard.data) for shard in stats.addressable_shards]
+    assert all(np.array_equal(copies[0], copy) for copy in copies)
+  config.model.sync_batch_norm = True  # statistics of 2 images and of 16 are not the same
+  assert abs(_run(config, 8, 3)[0]['loss'][0] - history['loss'][0]) > 1e-4
+
+
+def test_fresh_states_do_not_depend_on_the_device_count():
+  states = [_set_up(_config(), n)[0] for n in (1, 8)]
+  for a, b in zip(jax.tree.leaves(states[0].params), jax.tree.leaves(states[1].params)):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(states[0].bank, np.asarray(states[1].bank)[:N])
+  assert len(states[1].bank.addressable_shards[0].data) == 6  # 48 rows over 8 devices
+
+
+def test_learning_rate_falls_at_the_milestones():
+  config = _config()
+  config.optimizer.milestones = (2, 3)
+  config.optimizer.learning_rate = 0.5
+  schedule = train.learning_rate_schedule(config, N)
+  rates = [float(schedule(t)) for t in range(12)]
+  epochs = [t * B // N for t in range(12)]
+  np.testing.assert_allclose(rates, [0.5 * 0.1 ** ((e >= 2) + (e >= 3)) for e in epochs], rtol=1e-6)
+
+
+def test_epochs_end_with_the_step_that_completes_them():
+  config = _config()
+  config.epochs = 3
+  assert train.total_steps(config, N) == 9  # 135 images in batches of 16
+  config.steps = 4
+  assert train.total_steps(config, N) == 4
+
+
+def test_optimizer_is_pytorch_sgd():
+  config = _config()
+  config.optimizer.update(learning_rate=0.1, momentum=0.9, weight_decay=0.01)
+  optimizer = train.make_optimizer(config, N)
+  w, velocity = 2.0, 0.0
+  params, state = jnp.array(w), optimizer.init(jnp.array(w))
+  for grad in (1.0, -0.5, 0.25):
+    updates, state = optimizer.update(jnp.array(grad), state, params)
+    params = params + updates
+    velocity = 0.9 * velocity + grad + 0.01 * w
+    w -= 0.1 * velocity
+    np.testing.assert_allclose(params, w, rtol=1e-6)
+
+
+def test_noise_of_the_step_is_the_bank_s_own_draw(monkeypatch):
+  seen = []
+  original = bank_lib.noise
+  def spy(key, step, index, noise_count, num_rows):
+    seen.append((index.shape, noise_count, num_rows))
+    return original(key, step, index, noise_count, num_rows)
+  monkeypatch.setattr(bank_lib, 'noise', spy)
+  _run(_config(name='sampled_softmax'), 4, 1)
+  assert seen[0] == ((B,), 20, N)  # for the global batch, over the true rows

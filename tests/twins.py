@@ -1,0 +1,68 @@
+"""Slow float64 NumPy twins of the losses, the bank and kNN, written from the paper's equations."""
+
+import numpy as np
+
+
+def softmax(features, bank, index, temperature):
+  """(loss [B], gradient in features [B, D]) of the full softmax, one image at a time."""
+  losses, grads = [], []
+  for v, i in zip(features, index):
+    logits = bank @ v / temperature
+    p = np.exp(logits - logits.max())
+    losses.append(np.log(p.sum()) + logits.max() - logits[i])
+    grads.append((p / p.sum() @ bank - bank[i]) / temperature)
+  return np.array(losses), np.array(grads)
+
+
+def sampled_softmax(features, bank, index, noise_index, temperature):
+  losses, grads = [], []
+  for v, i, noise in zip(features, index, noise_index):
+    rows = bank[np.concatenate([[i], noise])]
+    loss, grad = softmax(v[None], rows, [0], temperature)
+    losses.append(loss[0])
+    grads.append(grad[0])
+  return np.array(losses), np.array(grads)
+
+
+def nce(features, bank, index, noise_index, temperature, normalizer):
+  """By Eq. 4-7 literally: P, h, and -log h - Σ log(1 - h)."""
+  n, m = len(bank), noise_index.shape[1]
+  losses, grads = [], []
+  for v, i, noise in zip(features, index, noise_index):
+    h = lambda j: (p := np.exp(bank[j] @ v / temperature) / normalizer) / (p + m / n)
+    losses.append(-np.log(h(i)) - sum(np.log(1 - h(j)) for j in noise))
+    grads.append((sum(h(j) * bank[j] for j in noise) - (1 - h(i)) * bank[i]) / temperature)
+  return np.array(losses), np.array(grads)
+
+
+def normalizer(features, bank, index, noise_index, temperature):
+  columns = np.concatenate([index[:, None], noise_index], axis=1)
+  scores = [np.exp(bank[c] @ v / temperature) for v, c in zip(features, columns)]
+  return len(bank) * np.mean(scores)
+
+
+def proximal(features, bank, index):
+  difference = features - bank[index]
+  return (difference**2).sum(axis=1), 2 * difference
+
+
+def update(bank, index, features, momentum):
+  new = bank.copy()
+  for v, i in zip(features, index):  # from the bank before the step; the last occurrence stays
+    row = momentum * bank[i] + (1 - momentum) * v
+    new[i] = row / np.linalg.norm(row)
+  return new
+
+
+def class_scores(queries, bank, labels, k, temperature, num_classes):
+  scores = np.zeros((len(queries), num_classes))
+  for q, query in enumerate(queries):
+    similarity = bank @ query
+    for i in np.argsort(-similarity, kind='stable')[:k]:
+      scores[q, labels[i]] += np.exp(similarity[i] / temperature)
+  return scores
+
+
+def unit_rows(random, *shape):
+  x = random.standard_normal(shape)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
