@@ -9,11 +9,11 @@ import logging
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import orbax.checkpoint as ocp
 
-from instdisc_jax import errors
-from instdisc_jax import train
+from instdisc_jax import errors, train
 
 
 class Checkpoints:

@@ -12,9 +12,7 @@ import pathlib
 import jax
 from ml_collections import config_dict
 
-from instdisc_jax import errors
-from instdisc_jax import models
-from instdisc_jax import train
+from instdisc_jax import errors, models, train
 
 
 def default():
@@ -167,7 +165,7 @@ def validate(config):
     raise errors.UserError(f"setting '{key}' is missing: set --config.{key}={fallback[key]}")
   for key, (holds, requirement) in _REQUIRED.items():
     value = found[key]
-    if value is not None and not holds(value):
+    if value is not None and not _holds(holds, value):
       raise errors.UserError(f"{key} is {value}, must be {requirement}: set --config.{key}, "
                              f'e.g. --config.{key}={_plain(fallback[key])}')
   for key in ('model.dtype', 'bank.dtype'):
@@ -217,6 +215,13 @@ def flatten(config, prefix=''):
     else:
       flat[prefix + key] = value
   return flat
+
+
+def _holds(holds, value):
+  try:
+    return holds(value)
+  except TypeError:  # a tuple of other things than numbers
+    return False
 
 
 def _plain(value):

@@ -186,7 +186,7 @@ def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
 
 
 def _as_data(features, bank, index, axis_name):
-  """The global batch's features and index, and the local rows, none of them to be differentiated."""
+  """The global batch's features, the local rows and the global index; not to be differentiated."""
   chex.assert_rank([features, bank, index], [2, 2, 1])
   chex.assert_equal_shape_prefix([features, index], 1)
   chex.assert_equal(features.shape[1], bank.shape[1])
@@ -252,7 +252,7 @@ def _stream(queries, rows, num_local, temperature, block_rows):
 
 
 def _combine(peak, total, weighted, axis_name):
-  """Partial softmax sums of all devices -> logsumexp [B], and this device's share of Σ_j p_j V_j."""
+  """Partial sums of all devices -> logsumexp [B], and this device's share of Σ_j p_j V_j."""
   if axis_name is None:
     return peak + jnp.log(total), weighted / total[:, None]
   global_peak = lax.pmax(peak, axis_name)
@@ -262,7 +262,7 @@ def _combine(peak, total, weighted, axis_name):
 
 
 def _finite(peak):
-  """A device that holds only padding has the peak -inf; exp(-inf - 0) is 0 where inf - inf is not."""
+  """A device that holds only padding has the peak -inf: exp(-inf - 0) is 0, -inf + inf is not."""
   return jnp.where(jnp.isfinite(peak), peak, 0)
 
 

@@ -9,17 +9,13 @@ import time
 
 from absl import flags
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
-from ml_collections import config_dict
-from ml_collections import config_flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_dict, config_flags
 
-from instdisc_jax import checkpoint
+from instdisc_jax import checkpoint, data, errors, models, train
 from instdisc_jax import config as config_lib
-from instdisc_jax import data
-from instdisc_jax import errors
 from instdisc_jax import metrics as metrics_lib
-from instdisc_jax import models
-from instdisc_jax import train
 from instdisc_jax.evaluation import report
 
 
@@ -57,8 +53,8 @@ def parse(argv):
     raise errors.UserError(f"'{known.config}' is no configuration ({type(e).__name__}: "
                            f'{_one_line(e)}): set --config=configs/NAME.py') from e
   if not isinstance(config, config_dict.ConfigDict):
-    raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, must "
-                           'return a ConfigDict: see configs/digits.py')
+    raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, "
+                           'must return a ConfigDict: see configs/digits.py')
   return config, known.workdir
 
 
@@ -87,7 +83,8 @@ def run(config, workdir, devices=None):
 
   encoder = models.create(
       config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
-      dtype=config.model.dtype, batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
+      dtype=config.model.dtype,
+      batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
   optimizer = train.make_optimizer(config, num_rows)
   init = lambda: train.init_state(config, encoder, optimizer, num_rows, image_shape, mesh)
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep, num_rows,
@@ -131,7 +128,8 @@ def main(argv=None):
   try:
     config, workdir = parse(argv)
     if config.get('deterministic') is True:  # read when JAX first looks for devices
-      os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_deterministic_ops=true'
+      flags_before = os.environ.get('XLA_FLAGS', '')
+      os.environ['XLA_FLAGS'] = f'{flags_before} --xla_gpu_deterministic_ops=true'
     run(config, pathlib.Path(workdir))
     return 0
   except errors.UserError as e:

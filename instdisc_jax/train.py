@@ -20,14 +20,13 @@ import flax.struct
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from instdisc_jax import augment
+from instdisc_jax import augment, errors, losses
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import errors
-from instdisc_jax import losses
 from instdisc_jax.data import order
 
 AXIS = 'data'
@@ -155,7 +154,8 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows):
   """
   index = batch['index']
   # Places in the chain of images; they wrap around at 2^32, where only the index tells them apart.
-  slot = lax.axis_index(AXIS).astype(jnp.uint32) * index.size + jnp.arange(index.size, dtype='uint32')
+  first = lax.axis_index(AXIS).astype(jnp.uint32) * index.size
+  slot = first + jnp.arange(index.size, dtype=jnp.uint32)
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
   key = jax.vmap(jax.random.fold_in)(
       jax.vmap(jax.random.fold_in, (None, 0))(_stream(config, _AUGMENT), place), index)

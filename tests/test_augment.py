@@ -4,8 +4,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
-from PIL import ImageEnhance
+from PIL import Image, ImageEnhance
 import pytest
 
 from instdisc_jax import augment

@@ -1,12 +1,11 @@
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 import optax
 import pytest
 
-from instdisc_jax import checkpoint
-from instdisc_jax import train
+from instdisc_jax import checkpoint, train
 
 N, D = 13, 4  # no device count above 1 divides N
 

@@ -35,7 +35,8 @@ def test_cifar10_is_the_published_recipe():
     ('loss.temperature', -0.1), ('loss.temperature', float('nan')), ('loss.noise_count', 0),
     ('loss.normalizer', 'none'), ('loss.normalizer', '-3'), ('loss.proximal_weight', -1.0),
     ('bank.momentum', 1.5), ('bank.init', 'zeros'), ('optimizer.learning_rate', 0.0),
-    ('optimizer.momentum', 1.0), ('optimizer.milestones', (-1,)), ('augment.crop_scale', (0.5, 2.0)),
+    ('optimizer.momentum', 1.0), ('optimizer.milestones', (-1,)),
+    ('augment.crop_scale', (0.5, 2.0)), ('augment.crop_scale', ('a', 'b')),
     ('augment.crop_ratio', (2.0, 1.0)), ('augment.hue', 0.6), ('augment.std', (0.0, 1.0, 1.0)),
     ('knn.neighbors', 0), ('knn.temperature', 0.001), ('checkpoint.keep', 0)])
 def test_a_value_out_of_range_is_named_with_what_it_must_be(key, value):

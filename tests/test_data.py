@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import data
-from instdisc_jax import errors
-from instdisc_jax.data import digits
-from instdisc_jax.data import order
+from instdisc_jax import data, errors
+from instdisc_jax.data import digits, order
 from instdisc_jax.data import tfds as tfds_lib
 
 SHARED_TFDS = pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'tfds'
@@ -52,7 +50,8 @@ class TestDigits:
 
   def test_real_digits_fill_a_fixed_canvas(self):
     dataset = data.load(_config('digits'), seed=0)
-    assert dataset.train_images.shape == (1297, 32, 32, 3) and dataset.train_images.dtype == np.uint8
+    assert dataset.train_images.shape == (1297, 32, 32, 3)
+    assert dataset.train_images.dtype == np.uint8
     assert dataset.test_images.shape == (500, 32, 32, 3)
     np.testing.assert_array_equal(np.unique(dataset.train_labels), np.arange(10))
     assert data.load(_config('digits'), seed=1).fingerprint == dataset.fingerprint
@@ -173,8 +172,9 @@ class TestTfds:
     assert 'tensorflow' not in sys.modules
     assert dataset.class_names == ('cat', 'dog') and len(dataset.test_images) == 2
     pictures = tiny.pictures[:5] if name == 'tiny' else np.repeat(tiny.pictures[:5, ..., :1], 3, 3)
+    read = dataset.train_images, dataset.train_labels
     given = {p.tobytes(): i % 2 for i, p in enumerate(pictures)}
-    assert {p.tobytes(): l for p, l in zip(dataset.train_images, dataset.train_labels)} == given
+    assert {p.tobytes(): label for p, label in zip(*read)} == given
     again = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
     np.testing.assert_array_equal(again.train_images, dataset.train_images)
     assert again.fingerprint == dataset.fingerprint
@@ -192,7 +192,7 @@ class TestTfds:
   def test_unknown_sets_and_folders(self, tmp_path):
     with pytest.raises(errors.UserError, match="TFDS knows no data set 'cifar11'"):
       tfds_lib.load('cifar11', str(tmp_path))
-    with pytest.raises(errors.UserError, match="dataset.data_dir is '/nowhere', which is no folder"):
+    with pytest.raises(errors.UserError, match="dataset.data_dir is '/nowhere', which is no"):
       tfds_lib.load('cifar10', '/nowhere')
 
   @pytest.mark.skipif(not SHARED_TFDS.exists(), reason='no prepared CIFAR-10 beside the project')

@@ -1,13 +1,12 @@
 import functools
 
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from instdisc_jax import losses
-from instdisc_jax import train
+from instdisc_jax import losses, train
 from tests import twins
 
 N, D, B = 203, 16, 16

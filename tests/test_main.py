@@ -7,10 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from instdisc_jax import errors
-from instdisc_jax import main
-from instdisc_jax import metrics
-from instdisc_jax import train
+from instdisc_jax import errors, main, metrics, train
 from tests.conftest import small_config
 
 DIGITS = str(pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py')

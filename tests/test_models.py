@@ -1,15 +1,13 @@
 import functools
 
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from instdisc_jax import models
-from instdisc_jax import train
-from instdisc_jax.models import conv
-from instdisc_jax.models import resnet
+from instdisc_jax import models, train
+from instdisc_jax.models import conv, resnet
 
 
 def _shapes(name, size, **kwargs):
@@ -114,7 +112,8 @@ def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
     w = jnp.asarray(random.standard_normal((kernel, kernel, 3, 5)))
     pad = (kernel - 1) // 2
     plain = lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        x, w, (stride, stride), ((pad, pad), (pad, pad)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     y, pull = jax.vjp(plain, x, w)
     ours, our_pull = jax.vjp(lambda x, w: conv._conv(x, w, stride), x, w)
     np.testing.assert_array_equal(ours, y)

@@ -12,8 +12,7 @@ import zipfile
 import numpy as np
 
 from instdisc_jax import errors
-from instdisc_jax.data import digits
-from instdisc_jax.data import tfds
+from instdisc_jax.data import digits, tfds
 
 
 @dataclasses.dataclass(frozen=True)

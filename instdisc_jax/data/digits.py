@@ -15,7 +15,7 @@ _SIZES = (14, 29)  # drawn heights, half-open
 
 
 def load():
-  """Returns ((images [1297, 32, 32, 3] uint8, labels [1297]), (images [500, ...], labels [500]))."""
+  """Returns ((images [1297, 32, 32, 3] uint8, labels [1297]), the same of the 500 test images)."""
   digits = datasets.load_digits()
   random = np.random.RandomState(0)
   images = np.zeros((len(digits.images), _CANVAS, _CANVAS, 3), np.uint8)

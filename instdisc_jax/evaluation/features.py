@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from instdisc_jax import augment
-from instdisc_jax import train
+from instdisc_jax import augment, train
 
 _CHUNK = 256  # images per device and call
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import losses
-from instdisc_jax import train
+from instdisc_jax import losses, train
 
 _BLOCK = 16  # rows per block maximum; larger was slower on CPU
 _SCORES = 2**25  # most scores held at once, 128 MiB in float32

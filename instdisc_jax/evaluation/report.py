@@ -6,15 +6,15 @@ import os
 import pathlib
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import matplotlib
 import numpy as np
 from rich import table as rich_table
 
 from instdisc_jax import metrics as metrics_lib
 from instdisc_jax import train
-from instdisc_jax.evaluation import features
-from instdisc_jax.evaluation import knn
+from instdisc_jax.evaluation import features, knn
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
@@ -137,8 +137,9 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_s
 
 def show(summary, workdir, console):
   """Prints a summary as a table."""
-  table = rich_table.Table(title=f'{summary["dataset"]}: kNN top-1, K = {summary["knn_neighbors"]}, '
-                                 f'τ = {summary["knn_temperature"]}')
+  table = rich_table.Table(
+      title=f'{summary["dataset"]}: kNN top-1, K = {summary["knn_neighbors"]}, '
+            f'τ = {summary["knn_temperature"]}')
   table.add_column('features')
   table.add_column('top-1', justify='right')
   for title, key in (('raw pixels, mean-centred', 'knn_top1_pixels'),
@@ -173,7 +174,8 @@ def curves(lines, summary):
                             ('knn_top1_pixels', 'raw pixels', '--'),
                             ('knn_top1_untrained', 'untrained', ':')):
     if summary[key] is not None:
-      right.axhline(summary[key], color='black', ls=style, lw=1, label=f'{title}: {summary[key]:.3f}')
+      right.axhline(summary[key], color='black', ls=style, lw=1,
+                    label=f'{title}: {summary[key]:.3f}')
   right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1), title=f'kNN, {summary["dataset"]}')
   if summary['knn_top1'] is not None:
     right.legend(fontsize=8, loc='lower right')
@@ -186,7 +188,7 @@ def curves(lines, summary):
 
 
 def neighbors(evaluator, dataset, row):
-  """A figure of a dozen queries, each beside its nearest training pictures; right or wrong framed."""
+  """A figure of a dozen queries beside their nearest training pictures, right and wrong marked."""
   queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
   shown = min(_SHOWN, row.shape[1])
   name = lambda label: dataset.class_names[label] if dataset.class_names else str(label)

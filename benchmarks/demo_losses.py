@@ -1,0 +1,80 @@
+"""kNN of the demo under each loss: the README's table.
+
+    python benchmarks/demo_losses.py [--epochs=N] [--seed=S]
+
+Trains configs/digits.py with the full softmax, NCE (Z frozen at the first batch, Z following the
+bank, and with the proximal term) and the sampled softmax, each from scratch, and writes
+benchmarks/results/demo_losses.json.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import tempfile
+
+import jax
+from rich import console as rich_console
+from rich import table as rich_table
+
+from instdisc_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+LOSSES = {
+    'full softmax': [],
+    'NCE, M = 512, Z frozen': ['--config.loss.name=nce'],
+    'NCE, M = 512, Z followed': ['--config.loss.name=nce', '--config.loss.normalizer=ema'],
+    'NCE, M = 512, proximal λ = 30': ['--config.loss.name=nce', '--config.loss.proximal_weight=30'],
+    'sampled softmax, M = 512': ['--config.loss.name=sampled_softmax'],
+}
+KEPT = ('knn_top1', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss', 'steps',
+        'images_per_second', 'wall_seconds')
+
+
+def measure(overrides, epochs, seed):
+  """Trains one row of the table; returns the kept part of its summary."""
+  with tempfile.TemporaryDirectory() as folder:
+    config, workdir = main.parse([
+        f'--config={ROOT / "configs" / "digits.py"}', f'--workdir={folder}/run',
+        f'--config.seed={seed}', *([f'--config.epochs={epochs}'] if epochs else []), *overrides])
+    summary = main.run(config, workdir)
+  return {key: summary[key] for key in KEPT}
+
+
+def environment():
+  """What a figure depends on besides the code, and which code it was."""
+  git = lambda *args: subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True,
+                                     check=False).stdout.strip()
+  return {
+      'date': datetime.date.today().isoformat(),
+      'commit': git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain') else ''),
+      'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+      'processor': platform.processor() or platform.machine(),
+      'python': platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')},
+  }
+
+
+def report(rows, seed):
+  table = rich_table.Table(title=f'kNN top-1 of the demo, seed {seed}')
+  for title in ('loss', 'trained', 'raw pixels', 'untrained', 'seconds'):
+    table.add_column(title)
+  for name, row in rows.items():
+    table.add_row(name, *(f'{row[key]:.3f}' for key in KEPT[:3]), f'{row["wall_seconds"]:.0f}')
+  rich_console.Console().print(table)
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--epochs', type=int, help='fewer than the demo, to try the script')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--output', default=ROOT / 'benchmarks' / 'results' / 'demo_losses.json')
+  args = parser.parse_args()
+  rows = {name: measure(overrides, args.epochs, args.seed) for name, overrides in LOSSES.items()}
+  result = {'environment': environment(), 'epochs': args.epochs, 'seed': args.seed, 'rows': rows}
+  pathlib.Path(args.output).write_text(json.dumps(result, indent=2, ensure_ascii=False) + '\n')
+  report(rows, args.seed)
