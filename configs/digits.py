@@ -1,6 +1,9 @@
-"""The demo: instance discrimination on the embedded digits, in minutes on two CPU cores.
+"""The demo: instance discrimination on the embedded digits, in two minutes on two CPU cores.
 
     python -m instdisc_jax.main --config=configs/digits.py --workdir=runs/demo
+
+A narrow ResNet-10 with the ImageNet stem: the digits are 8x8 drawings enlarged, so little is lost
+by its early pooling, and it trains faster and to more than the CIFAR stem at the same cost.
 """
 
 from instdisc_jax import config as config_lib
@@ -9,13 +12,14 @@ from instdisc_jax import config as config_lib
 def get_config():
   config = config_lib.default()
   config.dataset.name = 'digits'
-  config.model.name = 'resnet18_cifar'
-  config.model.width = 8
+  config.model.name = 'resnet10'
+  config.model.width = 16
+  config.loss.noise_count = 512  # of nce and sampled_softmax, if one is chosen
   config.batch_size = 128
-  config.epochs = 60
+  config.epochs = 100
+  config.optimizer.milestones = (70, 90)
+  config.augment.update(brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, grayscale=0.0,
+                        mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3))  # gray pictures
   config.knn.neighbors = 20
   config.knn.every_epochs = 5
-  config.augment.update(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0,
-                        mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3))
-  config.optimizer.milestones = (42, 54)
   return config
