@@ -5,7 +5,6 @@ on any number of devices: padding belongs to the machine, not to the data.
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,6 @@ class Checkpoints:
   """
 
   def __init__(self, folder, keep, num_rows, mesh):
-    logging.getLogger('absl').setLevel(logging.WARNING)  # Orbax reports each phase of each save
     self._num_rows, self._mesh = num_rows, mesh
     self._manager = ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(

@@ -24,7 +24,7 @@ def default():
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.steps_per_dispatch = config_dict.placeholder(int)  # None: 1 on CPU, else 100
   config.deterministic = False  # on GPU: the same bits from run to run, at some cost in speed
-  config.log_every_steps = 100  # a line in metrics.jsonl; one at the end of each epoch comes anyway
+  config.log_every_steps = 100  # within an epoch; its end is logged anyway
 
   config.dataset = config_dict.ConfigDict()
   config.dataset.name = 'digits'  # digits, tfds:NAME or arrays:FILE.npz

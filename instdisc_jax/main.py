@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -74,6 +75,7 @@ def run(config, workdir, devices=None):
     errors.RunError: the run failed.
   """
   started = time.monotonic()
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax and TFDS report all they do
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed)
   num_rows, image_shape = len(dataset.train_images), dataset.train_images.shape[1:]
@@ -118,7 +120,7 @@ def run(config, workdir, devices=None):
     progress.close()
     metrics.close()
     checkpoints.close()
-  summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock())
+  summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock)
   report.show(summary, workdir, progress.console)
   return summary
 

@@ -298,7 +298,7 @@ class Fitted:
   """What `fit` measured.
 
   Attributes:
-    final_loss: of the last step, over the global batch; None if no step was taken.
+    final_loss: of the last step, over the global batch; None if no step was left to take.
     images_per_second: without compilation and evaluation; None if too few steps were taken.
   """
   final_loss: float | None = None
@@ -357,13 +357,15 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     if is_logged(last_step):
       line = {name: float(value[-1]) for name, value in history.items()}
       line |= dict(epoch=epoch_of(last_step), loss=float(np.mean(losses_since_line)),
-                   learning_rate=float(schedule(last_step - 1)), images_per_second=timer.rate(),
+                   step_loss=fitted.final_loss, learning_rate=float(schedule(last_step - 1)), images_per_second=timer.rate(),
                    wall_seconds=wall_clock())
       losses_since_line.clear()
       metrics.write(last_step, **line)
 
   ends_epoch = lambda step: epoch_of(step) > epoch_of(step - 1)
-  is_logged = lambda step: ends_epoch(step) or step % config.log_every_steps == 0 or step == end
+  into_epoch = lambda step: step - math.ceil(epoch_of(step) * num_rows / batch_size)
+  is_logged = lambda step: (ends_epoch(step) or into_epoch(step) % config.log_every_steps == 0
+                            or step == end)
   is_saved = lambda step: step % config.checkpoint.every_steps == 0 or step == end
 
   def is_evaluated(step):
@@ -386,10 +388,11 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
       running = None
       if is_evaluated(step):
         value = evaluate(state)
+        text = f'epoch {epoch_of(step):4d}  step {step:6d}  loss {fitted.final_loss:.4f}'
         if value is not None:
           metrics.write(step, epoch=epoch_of(step), knn_top1=value)
-          progress.print(f'epoch {epoch_of(step):4d}  step {step:6d}  '
-                         f'loss {fitted.final_loss:.4f}  kNN top-1 {value:.4f}')
+          text += f'  kNN top-1 {value:.4f}'
+        progress.print(text)
       if is_saved(step):
         checkpoints.save(state)
       timer.restart()

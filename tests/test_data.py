@@ -195,6 +195,7 @@ class TestTfds:
     with pytest.raises(errors.UserError, match="dataset.data_dir is '/nowhere', which is no"):
       tfds_lib.load('cifar10', '/nowhere')
 
+  @pytest.mark.slow
   @pytest.mark.skipif(not SHARED_TFDS.exists(), reason='no prepared CIFAR-10 beside the project')
   def test_cifar10(self):
     dataset = data.load(_config('tfds:cifar10', data_dir=str(SHARED_TFDS)), seed=0)

@@ -72,6 +72,17 @@ def test_a_finished_run_shows_its_summary_again(trained, capsys):
   assert after == before
 
 
+def test_a_run_that_lost_its_summary_makes_it_again(trained, tmp_path):
+  workdir, summary, config = trained
+  shutil.copytree(workdir, tmp_path / 'run')
+  (tmp_path / 'run' / 'summary.json').unlink()
+  again = main.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert again['images_per_second'] is None  # no step was left to time
+  measured = ('images_per_second', 'wall_seconds')
+  assert {k: v for k, v in again.items() if k not in measured} == {
+      k: v for k, v in summary.items() if k not in measured}
+
+
 def test_fewer_steps_than_taken_is_an_error(trained):
   workdir, _, config = trained
   config = config.copy_and_resolve_references()

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import losses, train
@@ -124,4 +125,4 @@ def top1(similarity, row, labels, query_labels, temperature):
     A float in [0, 1].
   """
   scores = vote(similarity, jnp.asarray(labels)[row], temperature, int(labels.max()) + 1)
-  return float(jnp.mean(jnp.argmax(scores, axis=1) == jnp.asarray(query_labels)))
+  return float(np.mean(np.argmax(scores, axis=1) == query_labels))

@@ -40,7 +40,7 @@ class Evaluator:
 
   def __init__(self, config, dataset, encoder, mesh, train_images):
     self._config, self._dataset, self._mesh = config, dataset, mesh
-    self.num_rows = len(dataset.train_images)
+    self.num_rows, self.num_devices = len(dataset.train_images), mesh.size
     self.own_row = None
     self.query_images, self.query_labels = dataset.test_images, dataset.test_labels
     if dataset.test_images is None:
@@ -89,7 +89,7 @@ class Evaluator:
                     self._config.knn.temperature)
 
 
-def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_seconds):
+def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_clock):
   """Evaluates a trained state and writes summary.json, curves.png and neighbors.png.
 
   Args:
@@ -100,19 +100,21 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_s
     config: the run's configuration.
     dataset: a `data.Dataset`.
     fitted: `train.Fitted`, what the loop measured.
-    wall_seconds: of the whole run.
+    wall_clock: () -> seconds since the run began.
 
   Returns:
     The summary, a dict.
   """
+  lines = metrics_lib.read(workdir)
+  steps = [line['step_loss'] for line in lines if 'step_loss' in line]
   top1, row = evaluator.recomputed(state)
   summary = {
       'dataset': dataset.name,
       'num_rows': evaluator.num_rows,
       'num_queries': len(evaluator.query_images),
-      'num_devices': evaluator._mesh.size,
+      'num_devices': evaluator.num_devices,
       'steps': int(state.step),
-      'final_loss': fitted.final_loss,
+      'final_loss': steps[-1],
       'loss': config.loss.name,
       'knn_neighbors': config.knn.neighbors,
       'knn_temperature': config.knn.temperature,
@@ -121,13 +123,13 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_s
       'knn_top1_untrained': evaluator.recomputed(untrained)[0],
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': fitted.images_per_second,
-      'wall_seconds': wall_seconds,
       'params_digest': _digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
       'bank_digest': _digest([np.asarray(state.bank)[:evaluator.num_rows]]),
       'normalizer': float(state.normalizer) or None,
+      'wall_seconds': wall_clock(),
   }
   workdir = pathlib.Path(workdir)
-  _save_picture(curves(metrics_lib.read(workdir), summary), workdir / 'curves.png')
+  _save_picture(curves(lines, summary, config.batch_size), workdir / 'curves.png')
   _save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')
   partial = workdir / (SUMMARY + '.partial')
   partial.write_text(json.dumps(summary, indent=2) + '\n')
@@ -147,7 +149,7 @@ def show(summary, workdir, console):
                      ('trained encoder', 'knn_top1'),
                      ('trained encoder, against bank rows', 'knn_top1_bank')):
     value = summary[key]
-    table.add_row(title, '-' if value is None else f'{value:.3f}')
+    table.add_row(title, '–' if value is None else f'{value:.3f}')
   console.print(table)
   if summary['knn_top1'] is None:
     console.print('no kNN accuracy: the data set has no labels', markup=False)
@@ -159,10 +161,12 @@ def show(summary, workdir, console):
                 markup=False)
 
 
-def curves(lines, summary):
+def curves(lines, summary, batch_size):
   """A figure of loss and kNN top-1 over epochs."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
-  epoch = lambda key: [line['epoch'] for line in lines if line.get(key) is not None]
+  epochs_per_step = batch_size / summary['num_rows']
+  epoch = lambda key: [line['step'] * epochs_per_step for line in lines
+                       if line.get(key) is not None]
   value = lambda key: [line[key] for line in lines if line.get(key) is not None]
   left.plot(epoch('loss'), value('loss'), color='#1f77b4')
   left.axhline(np.log(summary['num_rows']), color='gray', ls=':', lw=1)
@@ -209,8 +213,7 @@ def neighbors(evaluator, dataset, row):
       mark = '' if i == 0 else '✓ ' if right else '✗ '
       axes.set_title(mark + name(label), fontsize=7, color=color, pad=2)
       axes.spines[:].set(color=color, linewidth=1 if i == 0 else 2)
-  grid[0, 0].annotate('query', (0.5, 1.45), xycoords='axes fraction', ha='center', fontsize=8)
-  grid[0, 1].annotate('nearest training images', (0, 1.45), xycoords='axes fraction', fontsize=8)
+  figure.suptitle('query, and its nearest training images', x=0, ha='left', fontsize=9)
   return figure
 
 
