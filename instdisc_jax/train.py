@@ -357,8 +357,8 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     if is_logged(last_step):
       line = {name: float(value[-1]) for name, value in history.items()}
       line |= dict(epoch=epoch_of(last_step), loss=float(np.mean(losses_since_line)),
-                   step_loss=fitted.final_loss, learning_rate=float(schedule(last_step - 1)), images_per_second=timer.rate(),
-                   wall_seconds=wall_clock())
+                   step_loss=fitted.final_loss, learning_rate=float(schedule(last_step - 1)),
+                   images_per_second=timer.rate(), wall_seconds=wall_clock())
       losses_since_line.clear()
       metrics.write(last_step, **line)
 
