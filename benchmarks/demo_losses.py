@@ -74,7 +74,10 @@ if __name__ == '__main__':
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--output', default=ROOT / 'benchmarks' / 'results' / 'demo_losses.json')
   args = parser.parse_args()
-  rows = {name: measure(overrides, args.epochs, args.seed) for name, overrides in LOSSES.items()}
-  result = {'environment': environment(), 'epochs': args.epochs, 'seed': args.seed, 'rows': rows}
-  pathlib.Path(args.output).write_text(json.dumps(result, indent=2, ensure_ascii=False) + '\n')
+  output, rows = pathlib.Path(args.output), {}
+  output.parent.mkdir(parents=True, exist_ok=True)
+  for name, overrides in LOSSES.items():
+    rows[name] = measure(overrides, args.epochs, args.seed)
+    result = {'environment': environment(), 'epochs': args.epochs, 'seed': args.seed, 'rows': rows}
+    output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + '\n')
   report(rows, args.seed)

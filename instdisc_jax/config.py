@@ -178,12 +178,13 @@ def validate(config):
                            'above 0: set --config.loss.normalizer=first_batch')
 
 
-def validate_for_data(config, num_rows, num_devices):
+def validate_for_data(config, num_rows, image_shape, num_devices):
   """Checks what depends on the data set and the machine.
 
   Args:
     config: a valid `ConfigDict`.
     num_rows: N.
+    image_shape: (H, W, 3).
     num_devices: of the mesh.
 
   Raises:
@@ -192,6 +193,11 @@ def validate_for_data(config, num_rows, num_devices):
   if num_rows < 2:
     raise errors.UserError(f'dataset.name is {config.dataset.name} with {num_rows} training image, '
                            'must have at least 2: set --config.dataset.name to a larger set')
+  side = min(image_shape[:2])
+  if side < models.SMALLEST_SIDE.get(config.model.name, 1):
+    raise errors.UserError(
+        f'model.name is {config.model.name}, must be one for images of {side} pixels (it needs '
+        f'{models.SMALLEST_SIDE[config.model.name]}): set --config.model.name=resnet18_cifar')
   if config.batch_size > num_rows:
     raise errors.UserError(
         f'batch_size is {config.batch_size}, must be at most the {num_rows} training images: '
@@ -256,9 +262,7 @@ def claim_workdir(workdir, config, fingerprint):
     workdir.mkdir(parents=True, exist_ok=True)
     if file.exists():
       _check_same_run(workdir, json.loads(file.read_text()), new, fingerprint)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps({'config': new, 'data': fingerprint}, indent=2) + '\n')
-    os.replace(partial, file)
+    write(workdir, new, fingerprint)
   except OSError as e:
     raise errors.UserError(f"workdir '{workdir}' can't be written ({e.strerror}): set --workdir to "
                            'a folder that can') from e
@@ -267,13 +271,38 @@ def claim_workdir(workdir, config, fingerprint):
   return workdir
 
 
+def read(workdir):
+  """The settings in a workdir's config.json, {'loss.temperature': 0.1, ...}.
+
+  Raises:
+    errors.UserError: there is no such file, or it is something else.
+  """
+  file = pathlib.Path(workdir) / 'config.json'
+  try:
+    return json.loads(file.read_text())['config']
+  except OSError as e:
+    raise errors.UserError(f"no '{file}' ({e.strerror}): set --workdir to the folder of a run"
+                           ) from e
+  except (ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f"'{file}' is no configuration of a run: set another --workdir") from e
+
+
+def write(workdir, settings, fingerprint):
+  """Writes config.json: {'loss.temperature': 0.1, ...} and the data's fingerprint, or None."""
+  file = pathlib.Path(workdir) / 'config.json'
+  partial = file.with_suffix('.partial')
+  partial.write_text(json.dumps({'config': settings, 'data': fingerprint}, indent=2) + '\n')
+  os.replace(partial, file)
+
+
 def _check_same_run(workdir, old, new, fingerprint):
-  for key in sorted((old['config'].keys() | new.keys()) - set(CHANGEABLE)):
+  # A workdir made from a checkpoint fixes what that fixes; its first run fixes the rest.
+  for key in sorted(old['config'].keys() - set(CHANGEABLE)):
     was, asked = old['config'].get(key), new.get(key)
     if was != asked:
       raise errors.UserError(f"workdir '{workdir}' was begun with {key} = {was}, not {asked}: set "
                              f'--config.{key}={was}, or another --workdir')
-  if old['data'] != fingerprint:
+  if old['data'] not in (None, fingerprint):
     raise errors.UserError(
         f"workdir '{workdir}' was begun with other data of the name {new['dataset.name']} "
         f"({old['data'][:60]}, not {fingerprint[:60]}): set --config.dataset.name to the data it "

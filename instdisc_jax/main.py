@@ -34,7 +34,7 @@ def parse(argv):
   parser.add_argument('--workdir', metavar='DIR', required=True,
                       help='where checkpoints, metrics and the summary go')
   parser.exit_on_error = False
-  parser.error = _raise_user_error
+  parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
   known, overrides = parser.parse_known_args(argv)
   for argument in overrides:
     if not argument.startswith(('--config.', '-config.')):
@@ -49,10 +49,11 @@ def parse(argv):
     values(command)
     config = values.config
   except (KeyError, flags.Error) as e:
-    raise errors.UserError(f'{_one_line(e)}: see --help for all settings and their form') from e
+    raise errors.UserError(
+        f'{errors.one_line(e)}: see --help for all settings and their form') from e
   except Exception as e:  # whatever the file raises when it is run
     raise errors.UserError(f"'{known.config}' is no configuration ({type(e).__name__}: "
-                           f'{_one_line(e)}): set --config=configs/NAME.py') from e
+                           f'{errors.one_line(e)}): set --config=configs/NAME.py') from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, "
                            'must return a ConfigDict: see configs/digits.py')
@@ -80,7 +81,7 @@ def run(config, workdir, devices=None):
   dataset = data.load(config.dataset, config.seed)
   num_rows, image_shape = len(dataset.train_images), dataset.train_images.shape[1:]
   mesh = train.make_mesh(devices)
-  config_lib.validate_for_data(config, num_rows, mesh.size)
+  config_lib.validate_for_data(config, num_rows, image_shape, mesh.size)
   workdir = config_lib.claim_workdir(workdir, config, dataset.fingerprint)
 
   encoder = models.create(
@@ -127,30 +128,14 @@ def run(config, workdir, devices=None):
 
 def main(argv=None):
   """The command; returns its exit code: 0, 2 for a user's mistake, 1 for a failed run."""
-  try:
+  def command():
     config, workdir = parse(argv)
     if config.get('deterministic') is True:  # read when JAX first looks for devices
       flags_before = os.environ.get('XLA_FLAGS', '')
       os.environ['XLA_FLAGS'] = f'{flags_before} --xla_gpu_deterministic_ops=true'
     run(config, pathlib.Path(workdir))
-    return 0
-  except errors.UserError as e:
-    print(f'error: {_one_line(e)}', file=sys.stderr)
-    return 2
-  except errors.RunError as e:
-    print(f'failed: {_one_line(e)}', file=sys.stderr)
-    return 1
 
-
-def _raise_user_error(message):
-  raise errors.UserError(f'{message}: see --help')
-
-
-def _one_line(error):
-  text = str(error.args[0] if isinstance(error, KeyError) else error)
-  if 'Traceback' in text:
-    text = text.strip().splitlines()[-1]
-  return ' '.join(text.split())
+  return errors.exit_code(command)
 
 
 if __name__ == '__main__':

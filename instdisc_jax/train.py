@@ -117,7 +117,7 @@ def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
                          unit=config.bank.init == 'unit', dtype=config.bank.dtype)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=variables['params'],
-        batch_stats=variables['batch_stats'], opt_state=optimizer.init(variables['params']),
+        batch_stats=variables.get('batch_stats', {}), opt_state=optimizer.init(variables['params']),
         bank=pad_rows(bank, mesh.size), normalizer=jnp.zeros((), _wide(config)))
 
   # XLA:CPU spends seconds on optimising the random numbers of every layer; this runs once.
@@ -170,7 +170,7 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows):
   def encode(params, batch_stats):
     features, updated = encoder.apply({'params': params, 'batch_stats': batch_stats}, images,
                                       train=True, mutable=['batch_stats'])
-    batch_stats = updated['batch_stats']
+    batch_stats = updated.get('batch_stats', {})
     if not config.model.sync_batch_norm:  # each device has seen its own part: keep their mean
       batch_stats = lax.pmean(batch_stats, AXIS)
     return features, batch_stats

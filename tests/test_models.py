@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from instdisc_jax import models, train
-from instdisc_jax.models import conv, resnet
+from instdisc_jax.models import conv, layers
 
 
 def _shapes(name, size, **kwargs):
@@ -70,7 +70,7 @@ class TestBatchNorm:
   x = np.random.default_rng(0).normal(3, 2, (16, 4, 5, 6)).astype('f4')
 
   def _init(self, **kwargs):
-    norm = resnet.BatchNorm(**kwargs)
+    norm = layers.BatchNorm(**kwargs)
     variables = norm.init(jax.random.key(0), self.x)
     params = {'scale': jnp.arange(1.0, 7), 'bias': jnp.arange(6.0)}
     return norm, {'params': params, 'batch_stats': variables['batch_stats']}
@@ -95,7 +95,7 @@ class TestBatchNorm:
 
   def test_synchronised_over_8_devices_equals_one_device(self):
     alone, variables = self._init(train=True)
-    sync, _ = resnet.BatchNorm(train=True, axis_name=train.AXIS), None
+    sync, _ = layers.BatchNorm(train=True, axis_name=train.AXIS), None
     fn = lambda v, x: sync.apply(v, x, mutable=['batch_stats'])
     mapped = jax.shard_map(fn, mesh=train.make_mesh(), in_specs=(P(), P(train.AXIS)),
                            out_specs=(P(train.AXIS), P()))
@@ -115,7 +115,7 @@ def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
         x, w, (stride, stride), ((pad, pad), (pad, pad)),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     y, pull = jax.vjp(plain, x, w)
-    ours, our_pull = jax.vjp(lambda x, w: conv._conv(x, w, stride), x, w)
+    ours, our_pull = jax.vjp(lambda x, w: conv._conv(x, w, stride, pad), x, w)
     np.testing.assert_array_equal(ours, y)
     cotangent = jnp.asarray(random.standard_normal(y.shape))
     for grad, expected in zip(our_pull(cotangent), pull(cotangent)):

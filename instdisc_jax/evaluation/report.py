@@ -114,7 +114,7 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
       'num_queries': len(evaluator.query_images),
       'num_devices': evaluator.num_devices,
       'steps': int(state.step),
-      'final_loss': steps[-1],
+      'final_loss': steps[-1] if steps else None,  # weights from elsewhere, no step taken
       'loss': config.loss.name,
       'knn_neighbors': config.knn.neighbors,
       'knn_temperature': config.knn.temperature,
@@ -154,7 +154,8 @@ def show(summary, workdir, console):
   if summary['knn_top1'] is None:
     console.print('no kNN accuracy: the data set has no labels', markup=False)
   speed = summary['images_per_second']
-  console.print(f'{summary["steps"]} steps, final loss {summary["final_loss"]:.3f}'
+  loss = summary['final_loss']
+  console.print(f'{summary["steps"]} steps' + ('' if loss is None else f', final loss {loss:.3f}')
                 + (f', {speed:,.0f} images/s' if speed else '')
                 + f', {summary["wall_seconds"]:.0f} s', markup=False)
   console.print(f'{workdir}: {SUMMARY}, {metrics_lib.FILE}, curves.png, neighbors.png',

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from instdisc_jax.models import resnet
+from instdisc_jax.models import alexnet, resnet, vgg
 
 _RESNETS = {
     'resnet10': (resnet.BasicBlock, (1, 1, 1, 1)),
@@ -13,12 +13,17 @@ _RESNETS = {
     'resnet50': (resnet.Bottleneck, (3, 4, 6, 3)),
     'resnet101': (resnet.Bottleneck, (3, 4, 23, 3)),
 }
-_ENCODERS = {}
+_ENCODERS = {
+    'alexnet': alexnet.AlexNet,
+    'vgg16': functools.partial(vgg.VGG, False),
+    'vgg16_bn': functools.partial(vgg.VGG, True),
+}
 for _name, (_block, _sizes) in _RESNETS.items():
   _ENCODERS[_name] = functools.partial(resnet.ResNet, _block, _sizes, False)
   _ENCODERS[f'{_name}_cifar'] = functools.partial(resnet.ResNet, _block, _sizes, True)
 
 NAMES = tuple(sorted(_ENCODERS))
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image, in pixels; else any
 
 
 def create(name, *, embedding_dim=128, width=64, dtype=jnp.float32, batch_norm_axis=None):

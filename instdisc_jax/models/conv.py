@@ -16,7 +16,7 @@ _PIECE = 16  # images per piece on CPU; 8 to 16 were fastest for 8 to 128 channe
 
 
 class Conv(nn.Module):
-  """Convolution without bias, NHWC.
+  """Convolution, NHWC.
 
   Attributes:
     features: output channels.
@@ -24,35 +24,43 @@ class Conv(nn.Module):
     stride: of both picture axes.
     dtype: of the computation.
     kernel_init: initialiser of the kernel [k, k, C, features].
+    padding: zeros on each side; by default (k - 1) / 2.
+    use_bias: adds one number per channel, which starts at zero.
   """
   features: int
   kernel_size: int
   stride: int
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer
+  padding: int | None = None
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x):
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param('kernel', self.kernel_init, shape,
-                        jnp.promote_types(self.dtype, jnp.float32))
-    return _conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    kernel = self.param('kernel', self.kernel_init, shape, wide)
+    padding = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
+    x = _conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,), wide)
+      x += bias.astype(self.dtype)
+    return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x, kernel, stride):
-  pad = (kernel.shape[0] - 1) // 2
-  return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x, kernel, stride, padding):
+  return lax.conv_general_dilated(x, kernel, (stride, stride), ((padding, padding),) * 2,
                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
-def _forward(x, kernel, stride):
-  return _conv(x, kernel, stride), (x, kernel)
+def _forward(x, kernel, stride, padding):
+  return _conv(x, kernel, stride, padding), (x, kernel)
 
 
-def _backward(stride, saved, cotangent):
+def _backward(stride, padding, saved, cotangent):
   x, kernel = saved
-  conv = functools.partial(_conv.fun, stride=stride)
+  conv = functools.partial(_conv.fun, stride=stride, padding=padding)
   x_grad, = jax.vjp(lambda x: conv(x, kernel), x)[1](cotangent)
   whole = lambda x, g: jax.vjp(lambda k: conv(x, k), kernel)[1](g)[0]
 

@@ -10,63 +10,10 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
-from jax import lax
 import jax.numpy as jnp
 
-from instdisc_jax import bank as bank_lib
+from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
-
-# The published CIFAR net keeps PyTorch's default, U(±1/sqrt(fan_in)); its ImageNet net draws
-# N(0, 2 / fan_out). Under batch norm the scale matters only through the size of relative updates.
-_CIFAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-_IMAGENET_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-class BatchNorm(nn.Module):
-  """Batch normalisation with PyTorch's conventions: the running variance is the unbiased one.
-
-  Attributes:
-    train: normalise by the batch's own statistics and update the running ones.
-    axis_name: mesh axis over which statistics are averaged; None for each device's own batch.
-    dtype: of the output.
-    momentum: running = momentum * running + (1 - momentum) * batch.
-    epsilon: added to the variance.
-  """
-  train: bool
-  axis_name: str | None = None
-  dtype: Any = jnp.float32
-  momentum: float = 0.9
-  epsilon: float = 1e-5
-
-  @nn.compact
-  def __call__(self, x):
-    channels = (x.shape[-1],)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    scale = self.param('scale', nn.initializers.ones, channels, wide)
-    bias = self.param('bias', nn.initializers.zeros, channels, wide)
-    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels, wide)
-    running_var = self.variable('batch_stats', 'var', jnp.ones, channels, wide)
-    if self.train:
-      mean, square = _moments(x.astype(wide), self.axis_name)
-      var = jnp.maximum(square - mean**2, 0)
-      if not self.is_initializing():
-        count = x.size // x.shape[-1] * (lax.axis_size(self.axis_name) if self.axis_name else 1)
-        unbiased = var * (count / max(count - 1, 1))
-        running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-        running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
-    else:
-      mean, var = running_mean.value, running_var.value
-    multiplier = scale * lax.rsqrt(var + self.epsilon)
-    return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype)
-
-
-def _moments(x, axis_name):
-  """E[x] and E[x²] per channel, over the batch, the picture and the mesh axis."""
-  moments = jnp.stack([x.mean((0, 1, 2)), (x * x).mean((0, 1, 2))])
-  if axis_name is not None:
-    moments = lax.pmean(moments, axis_name)
-  return moments[0], moments[1]
 
 
 class BasicBlock(nn.Module):
@@ -87,8 +34,8 @@ class BasicBlock(nn.Module):
   def shortcut(self, x, out):
     if x.shape[-1] == out and self.stride == 1:
       return x
-    x = self.conv(out, 1, self.stride, name='downsample_conv')(x)
-    return self.norm(name='downsample_bn')(x)
+    x = self.conv(out, 1, self.stride, name='downsample_0')(x)
+    return self.norm(name='downsample_1')(x)
 
 
 class Bottleneck(BasicBlock):
@@ -128,8 +75,8 @@ class ResNet(nn.Module):
   def __call__(self, x, train):
     wide = jnp.promote_types(self.dtype, jnp.float32)
     conv = functools.partial(Conv, dtype=self.dtype,
-                             kernel_init=_CIFAR_INIT if self.cifar else _IMAGENET_INIT)
-    norm = functools.partial(BatchNorm, train, self.batch_norm_axis, self.dtype)
+                             kernel_init=layers.TORCH_INIT if self.cifar else layers.HE_INIT)
+    norm = functools.partial(layers.BatchNorm, train, self.batch_norm_axis, self.dtype)
     x = x.astype(self.dtype)
     if self.cifar:
       x = conv(self.width, 3, 1, name='conv1')(x)
@@ -137,20 +84,10 @@ class ResNet(nn.Module):
       x = conv(self.width, 7, 2, name='conv1')(x)
     x = nn.relu(norm(name='bn1')(x))
     if not self.cifar:
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+      x = layers.max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
       for i in range(size):
         stride = 2 if stage > 0 and i == 0 else 1
         x = self.block(self.width * 2**stage, stride, conv, norm,
                        name=f'layer{stage + 1}_{i}')(x)
-    x = x.astype(wide).mean((1, 2))
-    # PyTorch's default for a linear layer: weights and bias U(±1/sqrt(fan_in)).
-    bound = x.shape[-1] ** -0.5
-    x = nn.Dense(self.embedding_dim, dtype=wide, param_dtype=wide, kernel_init=_CIFAR_INIT,
-                 bias_init=functools.partial(_uniform, bound), precision=lax.Precision.HIGHEST,
-                 name='fc')(x)
-    return bank_lib.normalize(x)
-
-
-def _uniform(bound, key, shape, dtype):
-  return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return layers.embed(x.mean((1, 2), dtype=wide), self.embedding_dim, wide)

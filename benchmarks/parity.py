@@ -1,0 +1,64 @@
+"""How far every number lies from the published implementation's: writes docs/parity.md.
+
+    python benchmarks/parity.py [--quick]
+
+The golden numbers are those of tests/golden, the comparisons those of the tests (tests/parity.py).
+--quick leaves out the float64 gradients of whole encoders.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import parity  # noqa: E402  (after the number of devices is set)
+
+HEAD = """# Parity with the published implementation
+
+Every quantity of `tests/golden` (computed with the published PyTorch code, see its README), the
+largest deviation of ours from it, and the tolerance that README states. Written by
+`python benchmarks/parity.py` with JAX {jax}; `make test` and `make test-all` hold the same
+comparisons.
+
+The published NCE loss adds 1e-7 to its denominators; ours does not need it and leaves it out. Here
+its exact effect, Σ log(1 + 1e-7 / (P + M/N)) and that sum's gradient, is added to ours before the
+comparison. float32 numbers carry the rounding of both sides. Not compared: PyTorch's
+`num_batches_tracked`, a counter that nothing reads and ours does not keep, and `top5`, whose order
+among classes without votes is arbitrary in the published code (`top5_stable` and `top5_votes` are).
+
+| file | quantity | in | largest deviation | tolerance | measure |
+|---|---|---|---|---|---|
+"""
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--quick', action='store_true')
+  parser.add_argument('--output', default=ROOT / 'docs' / 'parity.md', type=pathlib.Path)
+  args = parser.parse_args()
+  rows = {}
+  for name, (compare, slow) in parity.CASES.items():
+    if not (slow and args.quick):
+      print(name, flush=True)
+      for row in compare():  # a case with gradients repeats the one without
+        rows[row.file, row.quantity, row.setting] = row
+  lines = [f'| `{r.file}` | {r.quantity} | {r.setting} | {r.largest:.1e} | {r.tolerance:.0e} '
+           f'| {r.measure} |' for _, r in sorted(rows.items())]
+  args.output.parent.mkdir(parents=True, exist_ok=True)
+  partial = args.output.with_suffix('.partial')
+  partial.write_text(HEAD.format(jax=jax.__version__) + '\n'.join(lines) + '\n')
+  os.replace(partial, args.output)
+  too_far = [row for row in rows.values() if not row.largest <= row.tolerance]
+  print(f'{len(rows)} quantities, {len(too_far)} beyond their tolerance: {args.output}')
+  return 1 if too_far else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,51 @@
+"""AlexNet with batch norm, as papers on unsupervised features use it: images in, embeddings out.
+
+Five convolutions of 96, 256, 384, 384 and 256 channels and two linear layers of 4,096, each
+followed by batch norm and ReLU; no local response normalisation, no groups, no dropout. Modules
+are numbered as in a PyTorch `Sequential`, so that weights convert by name.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from instdisc_jax.models import layers
+from instdisc_jax.models.conv import Conv
+
+# (index in `features`, channels at width 64, kernel, stride, padding, max pooling behind it)
+_CONVS = ((0, 96, 11, 4, 2, True), (4, 256, 5, 1, 2, True), (8, 384, 3, 1, 1, False),
+          (11, 384, 3, 1, 1, False), (14, 256, 3, 1, 1, True))
+POOLED = 6  # the picture's side before the linear layers
+
+
+class AlexNet(nn.Module):
+  """Images [B, H, W, 3] of at least 63 pixels a side -> unit-norm embeddings [B, D].
+
+  Attributes:
+    embedding_dim: D.
+    width: 64 for the channels above; others scale with it.
+    dtype: of the computation.
+    batch_norm_axis: mesh axis for synchronised batch norm, or None for per-device statistics.
+  """
+  embedding_dim: int = 128
+  width: int = 64
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train):
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    norm = lambda name: layers.BatchNorm(train, self.batch_norm_axis, self.dtype, name=name)
+    for i, channels, kernel, stride, padding, pool in _CONVS:
+      x = Conv(channels * self.width // 64, kernel, stride, self.dtype, layers.HE_INIT,
+               padding=padding, name=f'features_{i}')(x)
+      x = nn.relu(norm(f'features_{i + 1}')(x))
+      if pool:
+        x = layers.max_pool(x, 3, 2)
+    x = layers.average_to(x, POOLED)
+    x = x.reshape(x.shape[0], -1)
+    for i in (0, 3):
+      x = layers.linear(x, self.width * 64, self.dtype, use_bias=False, name=f'classifier_{i}')
+      x = nn.relu(norm(f'classifier_{i + 1}')(x))
+    return layers.embed(x.astype(wide), self.embedding_dim, wide)

@@ -1,0 +1,113 @@
+"""What the encoders share: batch norm, linear layers, pooling, and the unit-norm head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from instdisc_jax import bank as bank_lib
+
+# PyTorch's default, U(±1/sqrt(fan_in)), which the published CIFAR net keeps; its ImageNet net draws
+# N(0, 2 / fan_out). Under batch norm the scale matters only through the size of relative updates.
+TORCH_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+HE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation with PyTorch's conventions: the running variance is the unbiased one.
+
+  Attributes:
+    train: normalise by the batch's own statistics and update the running ones.
+    axis_name: mesh axis over which statistics are averaged; None for each device's own batch.
+    dtype: of the output.
+    momentum: running = momentum * running + (1 - momentum) * batch.
+    epsilon: added to the variance.
+  """
+  train: bool
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x):
+    channels = (x.shape[-1],)
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    scale = self.param('scale', nn.initializers.ones, channels, wide)
+    bias = self.param('bias', nn.initializers.zeros, channels, wide)
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels, wide)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, channels, wide)
+    if self.train:
+      mean, square = _moments(x.astype(wide), self.axis_name)
+      var = jnp.maximum(square - mean**2, 0)
+      if not self.is_initializing():
+        count = x.size // x.shape[-1] * (lax.axis_size(self.axis_name) if self.axis_name else 1)
+        unbiased = var * (count / max(count - 1, 1))
+        running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+        running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+    else:
+      mean, var = running_mean.value, running_var.value
+    multiplier = scale * lax.rsqrt(var + self.epsilon)
+    return (x * multiplier + (bias - mean * multiplier)).astype(self.dtype)
+
+
+def _moments(x, axis_name):
+  """E[x] and E[x²] per channel, over all other axes of `x` and over the mesh axis."""
+  axes = tuple(range(x.ndim - 1))
+  moments = jnp.stack([x.mean(axes), (x * x).mean(axes)])
+  if axis_name is not None:
+    moments = lax.pmean(moments, axis_name)
+  return moments[0], moments[1]
+
+
+def linear(x, features, dtype, **kwargs):
+  """A linear layer with PyTorch's default start values, U(±1/sqrt(fan_in)) for its bias too.
+
+  Args:
+    x: [..., C].
+    features: outputs.
+    dtype: of the computation; parameters are at least float32.
+    **kwargs: of `nn.Dense`, e.g. `name`.
+
+  Returns:
+    [..., features].
+  """
+  bound = x.shape[-1] ** -0.5
+  bias_init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+  return nn.Dense(features, dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32),
+                  kernel_init=TORCH_INIT, bias_init=bias_init, **kwargs)(x)
+
+
+def embed(x, embedding_dim, dtype):
+  """The head `fc` of every encoder: [B, C] -> unit-norm [B, D], without rounding to less."""
+  return bank_lib.normalize(
+      linear(x, embedding_dim, dtype, precision=lax.Precision.HIGHEST, name='fc'))
+
+
+def max_pool(x, size, stride, padding=0):
+  """Max pooling, [B, H, W, C]."""
+  return nn.max_pool(x, (size, size), (stride, stride), padding=((padding, padding),) * 2)
+
+
+def average_to(x, size):
+  """[B, H, W, C] -> [B, size, size, C], by averages over `size` even parts of each picture axis.
+
+  Neighbouring parts overlap by a pixel where `size` does not divide it (PyTorch's adaptive average
+  pooling); a picture of that size is returned as it is.
+  """
+  if x.shape[1:3] == (size, size):
+    return x
+  rows, columns = (jnp.asarray(_parts(n, size), x.dtype) for n in x.shape[1:3])
+  return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x, precision=lax.Precision.HIGHEST)
+
+
+def _parts(length, size):
+  """[size, length], each row the weights of one part."""
+  parts = np.zeros((size, length))
+  for i in range(size):
+    start, end = i * length // size, -(-(i + 1) * length // size)
+    parts[i, start:end] = 1 / (end - start)
+  return parts

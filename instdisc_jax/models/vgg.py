@@ -1,0 +1,54 @@
+"""VGG16 (Simonyan and Zisserman, 2015), with or without batch norm: images in, embeddings out.
+
+Modules are numbered as in torchvision's `vgg16` and `vgg16_bn`, so that weights convert by name;
+without its dropout.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from instdisc_jax.models import layers
+from instdisc_jax.models.conv import Conv
+
+_STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels in units of the width
+POOLED = 7  # the picture's side before the linear layers
+
+
+class VGG(nn.Module):
+  """Images [B, H, W, 3] of at least 32 pixels a side -> unit-norm embeddings [B, D].
+
+  Attributes:
+    batch_norm: a batch norm behind every convolution.
+    embedding_dim: D.
+    width: channels of the first stage; 64 in the literature.
+    dtype: of the computation.
+    batch_norm_axis: mesh axis for synchronised batch norm, or None for per-device statistics.
+  """
+  batch_norm: bool
+  embedding_dim: int = 128
+  width: int = 64
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train):
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    i = 0
+    for stage in _STAGES:
+      for multiple in stage:
+        x = Conv(multiple * self.width, 3, 1, self.dtype, layers.HE_INIT, use_bias=True,
+                 name=f'features_{i}')(x)
+        if self.batch_norm:
+          i += 1
+          x = layers.BatchNorm(train, self.batch_norm_axis, self.dtype, name=f'features_{i}')(x)
+        x = nn.relu(x)
+        i += 2
+      x = layers.max_pool(x, 2, 2)
+      i += 1
+    x = layers.average_to(x, POOLED)
+    x = x.reshape(x.shape[0], -1)
+    for i in (0, 3):
+      x = nn.relu(layers.linear(x, self.width * 64, self.dtype, name=f'classifier_{i}'))
+    return layers.embed(x.astype(wide), self.embedding_dim, wide)
