@@ -1,7 +1,15 @@
 """Eight virtual CPU devices for every test, and one small trained run that many tests look at."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# What one test or worker has compiled the others load.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='instdisc-tests-')
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 # The tests' pictures are tiny: most of their time would go into optimising the programs.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 

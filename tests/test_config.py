@@ -62,12 +62,13 @@ def test_unknown_and_missing_settings_are_named():
     ({}, 100, 1, 'batch_size is 128, must be at most the 100 training images: set .*=100'),
     ({}, 1000, 3, 'batch_size is 128, must be a multiple of the 3 devices: set .*=129'),
     ({'knn.neighbors': 500}, 300, 1, 'knn.neighbors is 500, must be at most the 300'),
+    ({'model.name': 'alexnet'}, 1000, 1, 'model.name is alexnet, .* images of 32 .*needs 63'),
     ({}, 1, 1, 'must have at least 2')])
 def test_what_depends_on_data_and_machine(changes, num_rows, num_devices, message):
   config = config_lib.default()
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=message):
-    config_lib.validate_for_data(config, num_rows, num_devices)
+    config_lib.validate_for_data(config, num_rows, (32, 40, 3), num_devices)
 
 
 class TestClaimWorkdir:
@@ -91,6 +92,17 @@ class TestClaimWorkdir:
     config_lib.claim_workdir(tmp_path, config_lib.default(), 'these pictures')
     with pytest.raises(errors.UserError, match='begun with other data .*these pictures, not those'):
       config_lib.claim_workdir(tmp_path, config_lib.default(), 'those pictures')
+
+  def test_what_a_checkpoint_from_elsewhere_leaves_open_the_first_run_fixes(self, tmp_path):
+    config = config_lib.default()
+    config_lib.write(tmp_path, {'model.width': 64, 'loss.temperature': 0.07}, None)
+    with pytest.raises(errors.UserError, match='begun with loss.temperature = 0.07, not 0.1'):
+      config_lib.claim_workdir(tmp_path, config, 'data')
+    config.loss.temperature, config.bank.momentum = 0.07, 0.25
+    config_lib.claim_workdir(tmp_path, config, 'data')
+    assert config_lib.read(tmp_path)['bank.momentum'] == 0.25
+    with pytest.raises(errors.UserError, match='begun with other data'):
+      config_lib.claim_workdir(tmp_path, config, 'others')
 
   def test_a_folder_that_can_t_be_made(self, tmp_path):
     (tmp_path / 'file').write_text('')

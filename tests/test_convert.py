@@ -404,9 +404,9 @@ def _torch_encoder(name, torch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, width, side, suffix', [
-    ('resnet18', 64, 64, '.pth'), ('resnet18', 64, 64, '.safetensors'), ('resnet34', 64, 64, '.pth'),
-    ('resnet50', 64, 64, '.pth'), ('resnet101', 64, 64, '.pth'), ('alexnet', 4, 96, '.pth'),
-    ('vgg16', 64, 64, '.pth'), ('vgg16_bn', 64, 64, '.pth')])
+    ('resnet18', 64, 64, '.pth'), ('resnet18', 64, 64, '.safetensors'),
+    ('resnet34', 64, 64, '.pth'), ('resnet50', 64, 64, '.pth'), ('resnet101', 64, 64, '.pth'),
+    ('alexnet', 4, 96, '.pth'), ('vgg16', 64, 64, '.pth'), ('vgg16_bn', 64, 64, '.pth')])
 def test_an_exported_encoder_loads_in_pytorch_with_the_same_embeddings(
     tmp_path, monkeypatch, torch, name, width, side, suffix):
   variables = _variables(name, width, D)

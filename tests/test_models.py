@@ -16,10 +16,12 @@ def _shapes(name, size, **kwargs):
   return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
 
 
-@pytest.mark.parametrize('name, size, millions', [  # torchvision's counts, less fc (and 3x3 stems)
+# torchvision's counts, less the head (and with 3x3 stems, and AlexNet's norms).
+@pytest.mark.parametrize('name, size, millions', [
     ('resnet18', 224, 11.177), ('resnet34', 224, 21.285), ('resnet50', 224, 23.508),
     ('resnet101', 224, 42.500), ('resnet18_cifar', 32, 11.169), ('resnet34_cifar', 32, 21.277),
-    ('resnet50_cifar', 32, 23.501)])
+    ('resnet50_cifar', 32, 23.501), ('vgg16', 224, 134.2605), ('vgg16_bn', 224, 134.2690),
+    ('alexnet', 224, 58.291)])
 def test_encoders_have_the_known_number_of_parameters(name, size, millions):
   params = dict(_shapes(name, size)['params'])
   head = params.pop('fc')
@@ -28,16 +30,30 @@ def test_encoders_have_the_known_number_of_parameters(name, size, millions):
       millions * 1e6, rel=1e-4)
 
 
-@pytest.mark.parametrize('name', ['resnet10_cifar', 'resnet10', 'resnet50_cifar'])
-def test_embeddings_are_unit_vectors(name):
+@pytest.mark.parametrize('name, size', [
+    ('resnet10_cifar', 32), ('resnet10', 32), ('resnet50_cifar', 16), ('alexnet', 63),
+    ('vgg16', 32), ('vgg16_bn', 32)])
+def test_embeddings_are_unit_vectors(name, size):
   model = models.create(name, embedding_dim=12, width=4)
-  images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
+  images = jax.random.normal(jax.random.key(0), (3, size, size, 3))
   variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
   for train_mode in (False, True):
     features, _ = jax.jit(lambda v, x: model.apply(v, x, train=train_mode, mutable=True))(
         variables, images)
     assert features.shape == (3, 12)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('size', [3, 4, 5, 7, 13])
+def test_pooling_to_a_size_averages_even_parts(size):
+  x = np.random.default_rng(0).standard_normal((2, 7, 9, 3)).astype(np.float32)
+  expected = np.zeros((2, size, size, 3))
+  for p in range(size):
+    for q in range(size):
+      rows = slice(p * 7 // size, -(-(p + 1) * 7 // size))
+      columns = slice(q * 9 // size, -(-(q + 1) * 9 // size))
+      expected[:, p, q] = x[:, rows, columns].mean((1, 2))
+  np.testing.assert_allclose(layers.average_to(jnp.asarray(x), size), expected, atol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
