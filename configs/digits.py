@@ -14,7 +14,10 @@ def get_config():
   config.dataset.name = 'digits'
   config.model.name = 'resnet10'
   config.model.width = 16
-  config.loss.noise_count = 512  # of nce and sampled_softmax, if one is chosen
+  # Of nce and sampled_softmax, if one is chosen. Z as first seen, on a random bank, is far too
+  # small for a short run; one that follows the batch lets a proximal term collapse the features.
+  config.loss.noise_count = 512
+  config.loss.normalizer = '30000'
   config.batch_size = 128
   config.epochs = 100
   config.optimizer.milestones = (70, 90)

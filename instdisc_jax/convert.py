@@ -3,7 +3,7 @@
     python -m instdisc_jax.convert --from=FILE --workdir=DIR     a checkpoint becomes a workdir
     python -m instdisc_jax.convert --workdir=DIR --to=FILE       a workdir's encoder becomes a file
 
-Modules of the encoders are numbered as in PyTorch, so most names follow by rule:
+Modules of the encoders are named and numbered as in PyTorch, so most names follow by rule:
 
     params/layer1_0/conv1/kernel [k, k, C, O]     layer1.0.conv1.weight [O, C, k, k]
     params/layer1_0/bn1/scale                     layer1.0.bn1.weight
@@ -37,6 +37,7 @@ from instdisc_jax import checkpoint, errors, models, train
 from instdisc_jax import config as config_lib
 from instdisc_jax.models import alexnet, vgg
 
+_MODULES = {'downsample_conv': 'downsample.0', 'downsample_bn': 'downsample.1'}
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean',
            'var': 'running_var'}
 _COUNTER = 'num_batches_tracked'  # PyTorch's count of train-mode passes, which nothing reads
@@ -138,7 +139,7 @@ def _layout(model_name, embedding_dim, width):
       leaves += [('batch_stats', 'mean'), ('batch_stats', 'var')]
     for collection, leaf in leaves:
       path = (collection, *module, leaf)
-      name = '.'.join(module).replace('_', '.')
+      name = '.'.join(_MODULES.get(part, part.replace('_', '.')) for part in module)
       layout[f'{name}.{_LEAVES[leaf]}'] = path, shapes[path]
   return layout
 

@@ -34,8 +34,8 @@ class BasicBlock(nn.Module):
   def shortcut(self, x, out):
     if x.shape[-1] == out and self.stride == 1:
       return x
-    x = self.conv(out, 1, self.stride, name='downsample_0')(x)
-    return self.norm(name='downsample_1')(x)
+    x = self.conv(out, 1, self.stride, name='downsample_conv')(x)
+    return self.norm(name='downsample_bn')(x)
 
 
 class Bottleneck(BasicBlock):
