@@ -83,6 +83,24 @@ def noise(key, step, index, noise_count, num_rows):
   return jax.vmap(draw)(index)
 
 
+def shared_noise(key, step, noise_count, num_rows):
+  """Noise rows that all images of a step share: uniform over the N rows, with replacement.
+
+  Scored by one matmul of M rows, where `noise` needs B·M or all rows.
+
+  Args:
+    key: a `jax.random` key.
+    step: training step, scalar.
+    noise_count: M >= 1.
+    num_rows: the true N, padding not counted.
+
+  Returns:
+    [M] int32.
+  """
+  return jax.random.randint(jax.random.fold_in(key, step), (noise_count,), 0, num_rows,
+                            dtype=jnp.int32)
+
+
 def normalize(x, epsilon=1e-12):
   """x / max(‖x‖, epsilon) along the last axis: a zero vector stays zero, with a finite gradient."""
   return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon**2))

@@ -20,6 +20,7 @@ def default():
   config = config_dict.ConfigDict()
   config.seed = 0
   config.batch_size = 128  # B, over all devices
+  config.accumulate_steps = 1  # parts of the batch whose gradients are summed, to save memory
   config.epochs = 200
   config.steps = config_dict.placeholder(int)  # in place of epochs
   config.steps_per_dispatch = config_dict.placeholder(int)  # None: 1 on CPU, else 100
@@ -42,6 +43,7 @@ def default():
   config.loss.name = 'softmax'
   config.loss.temperature = 0.1  # τ
   config.loss.noise_count = 4096  # M, of nce and sampled_softmax
+  config.loss.shared_noise = False  # one draw of M rows a step for all images
   config.loss.normalizer = 'first_batch'  # Z of nce: first_batch, ema, or a number
   config.loss.normalizer_decay = 0.99  # of ema, per step
   config.loss.proximal_weight = 0.0  # λ
@@ -75,6 +77,7 @@ def default():
   config.knn.neighbors = 200  # K
   config.knn.temperature = 0.1
   config.knn.every_epochs = 1  # 0: only at the end
+  config.knn.recall_target = config_dict.placeholder(float)  # of a TPU's search; None: exact
 
   config.checkpoint = config_dict.ConfigDict()
   config.checkpoint.every_steps = 1000
@@ -84,7 +87,7 @@ def default():
 
 # Settings that may change between two calls on one workdir: they leave what was trained untouched.
 CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'dataset.data_dir',
-              'knn.neighbors', 'knn.temperature', 'knn.every_epochs',
+              'knn.neighbors', 'knn.temperature', 'knn.every_epochs', 'knn.recall_target',
               'checkpoint.every_steps', 'checkpoint.keep')
 
 
@@ -107,6 +110,7 @@ _pair = lambda v: len(v) == 2 and 0 < v[0] <= v[1], 'two numbers above 0, the sm
 _REQUIRED = {
     'seed': _within(0, 2**32 - 1),
     'batch_size': _at_least(1),
+    'accumulate_steps': _at_least(1),
     'epochs': _at_least(1),
     'steps': _at_least(1),
     'steps_per_dispatch': _at_least(1),
@@ -143,6 +147,7 @@ _REQUIRED = {
     'knn.neighbors': _at_least(1),
     'knn.temperature': (lambda v: 0.02 <= v < math.inf, 'at least 0.02, where exp(1/τ) is finite'),
     'knn.every_epochs': _at_least(0),
+    'knn.recall_target': (lambda v: 0 < v <= 1, 'above 0, at most 1'),
     'checkpoint.every_steps': _at_least(1),
     'checkpoint.keep': _at_least(1),
 }
@@ -202,10 +207,13 @@ def validate_for_data(config, num_rows, image_shape, num_devices):
     raise errors.UserError(
         f'batch_size is {config.batch_size}, must be at most the {num_rows} training images: '
         f'set --config.batch_size={num_rows // num_devices * num_devices or num_devices}')
-  if config.batch_size % num_devices:
+  parts = num_devices * config.accumulate_steps
+  if config.batch_size % parts:
+    times = '' if config.accumulate_steps == 1 else (
+        f' times accumulate_steps = {config.accumulate_steps}')
     raise errors.UserError(
-        f'batch_size is {config.batch_size}, must be a multiple of the {num_devices} devices: '
-        f'set --config.batch_size={-(-config.batch_size // num_devices) * num_devices}')
+        f'batch_size is {config.batch_size}, must be a multiple of the {num_devices} devices{times}'
+        f': set --config.batch_size={-(-config.batch_size // parts) * parts}')
   if config.knn.neighbors > num_rows:
     raise errors.UserError(
         f'knn.neighbors is {config.knn.neighbors}, must be at most the {num_rows} training images: '

@@ -10,8 +10,10 @@ device's part of the batch and `bank` its rows. Queries travel, the bank never d
 sees all B queries, scores its own rows, and the partial results are summed back to the device
 that owns the query. Numbers moved per step and device: about 2 B (D + 2), whatever N is.
 `noise_index` is then that of the *global* batch, which every device draws alike (`bank.noise`).
+It is [B, M], or [M] where all images share one draw.
 
-Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype.
+Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype. (A bfloat16
+bank saves memory on GPU and TPU; XLA:CPU, without bfloat16 of its own, widens it as a whole.)
 """
 
 import functools
@@ -71,7 +73,7 @@ def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axi
     features: [B, D] unit-norm.
     bank: [N, D], or the local shard.
     index: [B] int.
-    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    noise_index: [B, M] or [M] int, of the global batch when `axis_name` is given.
     temperature: τ > 0.
     axis_name: mesh axis, or None.
     num_rows: unused; taken so that all losses are called alike.
@@ -109,7 +111,7 @@ def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axi
     features: [B, D] unit-norm.
     bank: [N, D], or the local shard.
     index: [B] int.
-    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    noise_index: [B, M] or [M] int, of the global batch when `axis_name` is given.
     temperature: τ > 0.
     normalizer: Z > 0, scalar.
     axis_name: mesh axis, or None.
@@ -120,7 +122,7 @@ def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axi
   """
   queries, bank, index = _as_data(features, bank, index, axis_name)
   num_rows = num_rows or bank.shape[0]
-  offset = jnp.log(normalizer).astype(queries.dtype) + math.log(noise_index.shape[1] / num_rows)
+  offset = jnp.log(normalizer).astype(queries.dtype) + math.log(noise_index.shape[-1] / num_rows)
   positive, positive_score = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
   logit = positive_score / temperature - offset
@@ -144,7 +146,7 @@ def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis
     features: [B, D] unit-norm.
     bank: [N, D], or the local shard.
     index: [B] int.
-    noise_index: [B, M] int, of the global batch when `axis_name` is given.
+    noise_index: [B, M] or [M] int, of the global batch when `axis_name` is given.
     temperature: τ > 0.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
@@ -160,7 +162,7 @@ def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis
            + jnp.sum(jnp.where(owned, jnp.exp(score / temperature), 0)))
   if axis_name is not None:
     total = lax.psum(total, axis_name)
-  return (num_rows or bank.shape[0]) * total / (noise_index.size + index.size)
+  return (num_rows or bank.shape[0]) * total / (score.size + index.size)
 
 
 @_jit
@@ -292,6 +294,9 @@ def _scoring_all_rows_is_cheaper(bank, noise_index):
 def _noise_scores(queries, bank, noise_index, axis_name):
   """Scores of the noise rows [B, M], and which of them this device owns (the rest are garbage)."""
   local, owned = bank_lib.locate(bank, noise_index, axis_name)
+  if noise_index.ndim == 1:
+    score = score_rows(queries, bank[local])
+    return score, jnp.broadcast_to(owned, score.shape)
   if _scoring_all_rows_is_cheaper(bank, noise_index):
     return jnp.take_along_axis(score_rows(queries, bank), local, axis=1), owned
   return _dot(queries, bank[local], (((1,), (2,)), ((0,), (0,)))), owned
@@ -300,6 +305,8 @@ def _noise_scores(queries, bank, noise_index, axis_name):
 def _weighted_rows(weight, bank, noise_index, axis_name):
   """Σ_m weight[b, m] · row of noise_index[b, m] -> [B, D]; weights of rows not owned must be 0."""
   local, _ = bank_lib.locate(bank, noise_index, axis_name)
+  if noise_index.ndim == 1:
+    return _dot(weight, bank[local], (((1,), (0,)), ((), ())))
   if _scoring_all_rows_is_cheaper(bank, noise_index):
     slots = jnp.arange(weight.shape[0])[:, None]
     dense = jnp.zeros((weight.shape[0], bank.shape[0]), weight.dtype).at[slots, local].add(weight)

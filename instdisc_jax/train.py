@@ -138,7 +138,7 @@ def pad_rows(bank, num_devices):
   return jnp.pad(bank, ((0, -bank.shape[0] % num_devices), (0, 0)))
 
 
-def train_step(state, batch, *, config, encoder, optimizer, num_rows):
+def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=True):
   """One device's part of a step: augment -> encode -> loss with bank -> update. Pure.
 
   Args:
@@ -148,6 +148,7 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows):
     encoder: a Linen module.
     optimizer: an optax transformation.
     num_rows: the true N.
+    unroll: whether accumulated parts are written out, not looped over; for CPUs.
 
   Returns:
     (state, metrics): metrics are scalars over the global batch, see `update`.
@@ -162,12 +163,14 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows):
   images = augment.augment(key, batch['image'], size=batch['image'].shape[1:3],
                            dtype=_wide(config), **config.augment)
 
-  noise_index = None
-  if config.loss.name != 'softmax':
-    noise_index = bank_lib.noise(_stream(config, _NOISE), state.step, bank_lib.gather(index, AXIS),
+  noise_index, noise_key = None, _stream(config, _NOISE)
+  if config.loss.name != 'softmax' and config.loss.shared_noise:
+    noise_index = bank_lib.shared_noise(noise_key, state.step, config.loss.noise_count, num_rows)
+  elif config.loss.name != 'softmax':
+    noise_index = bank_lib.noise(noise_key, state.step, bank_lib.gather(index, AXIS),
                                  config.loss.noise_count, num_rows)
 
-  def encode(params, batch_stats):
+  def encode(params, batch_stats, images):
     features, updated = encoder.apply({'params': params, 'batch_stats': batch_stats}, images,
                                       train=True, mutable=['batch_stats'])
     batch_stats = updated.get('batch_stats', {})
@@ -175,24 +178,32 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows):
       batch_stats = lax.pmean(batch_stats, AXIS)
     return features, batch_stats
 
-  return update(state, index, noise_index, encode=encode, optimizer=optimizer, loss=config.loss,
-                bank_momentum=config.bank.momentum, num_rows=num_rows, axis_name=AXIS)
+  return update(state, images, index, noise_index, encode=encode, optimizer=optimizer,
+                loss=config.loss, bank_momentum=config.bank.momentum, num_rows=num_rows,
+                axis_name=AXIS, accumulate_steps=config.accumulate_steps, unroll=unroll)
 
 
-def update(state, index, noise_index, *, encode, optimizer, loss, bank_momentum, num_rows,
-           axis_name=None):
+def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_momentum, num_rows,
+           axis_name=None, accumulate_steps=1, unroll=True):
   """The method itself: one step on the parameters, the bank and Z, for any encoder.
+
+  With `accumulate_steps` the batch goes through the encoder in parts; parameters and bank are
+  updated once, from all of them. Every part sees the bank as it was before the step; batch-norm
+  statistics and Z move from part to part.
 
   Args:
     state: `TrainState`.
+    images: [B, ...], whatever `encode` takes (local part, with `axis_name`).
     index: [B] rows of the images (local part, with `axis_name`).
-    noise_index: [B, M] noise rows of the global batch; None for the full softmax.
-    encode: (params, batch_stats) -> (features [B, D] unit-norm, new batch_stats).
+    noise_index: [B, M] noise rows of the global batch, or [M]; None for the full softmax.
+    encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
     optimizer: an optax transformation.
     loss: name, temperature, normalizer, normalizer_decay, proximal_weight, block_rows.
     bank_momentum: m.
     num_rows: the true N.
     axis_name: mesh axis, or None.
+    accumulate_steps: parts of the batch; divides B.
+    unroll: whether they are written out, not looped over.
 
   Returns:
     (state, metrics): 'loss', 'grad_norm', and where they apply 'proximal_penalty', 'normalizer',
@@ -201,10 +212,9 @@ def update(state, index, noise_index, *, encode, optimizer, loss, bank_momentum,
   mean = lambda x: jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
   shared = dict(axis_name=axis_name, num_rows=num_rows)
 
-  def objective(params):
-    features, batch_stats = encode(params, state.batch_stats)
-    metrics, normalizer = {}, state.normalizer
-    columns = (features, state.bank, index)
+  def objective(params, batch_stats, normalizer, images, index, noise_index):
+    features, batch_stats = encode(params, batch_stats, images)
+    metrics, columns = {}, (features, state.bank, index)
     kwargs = dict(temperature=loss.temperature, **shared)
     if loss.name == 'softmax':
       kwargs['block_rows'] = loss.block_rows
@@ -222,19 +232,56 @@ def update(state, index, noise_index, *, encode, optimizer, loss, bank_momentum,
       metrics['proximal_penalty'] = penalty
     return value, (features, batch_stats, normalizer, metrics | {'loss': value})
 
-  # The mean over devices lies inside the objective, so these are the gradients of the global loss.
-  grads, (features, batch_stats, normalizer, metrics) = jax.grad(
-      objective, has_aux=True)(state.params)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  def part(carry, inputs):
+    batch_stats, normalizer, total = carry
+    # The mean over devices lies inside the objective, so these are gradients of the global loss.
+    grads, (features, batch_stats, normalizer, metrics) = jax.grad(objective, has_aux=True)(
+        state.params, batch_stats, normalizer, *inputs)
+    total = jax.tree.map(jnp.add, total, grads)
+    return (batch_stats, normalizer, total), (features, metrics)
+
+  inputs = _in_parts((images, index, noise_index), accumulate_steps, axis_name)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  (batch_stats, normalizer, grads), (features, metrics) = lax.scan(
+      part, (state.batch_stats, state.normalizer, zeros), inputs,
+      unroll=unroll or accumulate_steps == 1)
+  grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
+  metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  index = _after(index, sum(metrics.values()))
   return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       batch_stats=batch_stats,
       opt_state=opt_state,
-      bank=bank_lib.update(state.bank, index, features, momentum=bank_momentum,
-                           axis_name=axis_name),
+      bank=bank_lib.update(state.bank, index, features.reshape(index.size, -1),
+                           momentum=bank_momentum, axis_name=axis_name),
       normalizer=normalizer), metrics
+
+
+def _after(index, metric):
+  """`index`, but not before `metric` is known.
+
+  All that reads the bank goes into the metrics; if it is known to come before the rows are written
+  they are written in place, else XLA copies the bank. (It ignores an `optimization_barrier` here.)
+  """
+  never = (metric > 1) & (metric < -1)
+  return index + never.astype(index.dtype)
+
+
+def _in_parts(inputs, num_parts, axis_name):
+  """(images, index, noise_index) with a leading axis of parts; noise for that part of the batch."""
+  images, index, noise_index = inputs
+  split = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
+  if noise_index is not None and noise_index.ndim == 1:
+    noise_index = jnp.broadcast_to(noise_index, (num_parts, noise_index.size))
+  elif noise_index is not None:
+    # The global batch lies device by device; a part has the same piece of every device's.
+    num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    pieces = noise_index.reshape(num_devices, num_parts, -1, noise_index.shape[1])
+    noise_index = pieces.swapaxes(0, 1).reshape(num_parts, -1, noise_index.shape[1])
+  return split(images), split(index), noise_index
 
 
 def _next_normalizer(loss, normalizer, estimate):
@@ -333,7 +380,8 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     errors.RunError: a loss or gradient is not finite.
   """
   run_steps = map_over_mesh(mesh, functools.partial(
-      train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows))
+      train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
+      unroll=on_cpu(mesh)))
   schedule = learning_rate_schedule(config, num_rows)
   per_dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else 100)
   batch_size, end = config.batch_size, total_steps(config, num_rows)

@@ -297,27 +297,27 @@ def trajectory(file, wide=False, num_devices=None):
   noise = data['noise'][:, :, 1:].astype(np.int32) if 'noise' in data else None
   optimizer = train.make_optimizer(config, num_rows)
   params = {'W': c.float('W_0')}
+  zero = jnp.zeros((), c.dtype)  # what the published epsilon adds to a step's loss
   state = train.TrainState(
-      step=jnp.int32(0), params=params, batch_stats={}, opt_state=optimizer.init(params),
-      bank=c.float('memory_0'), normalizer=jnp.zeros((), c.dtype))
+      step=jnp.int32(0), params=params, batch_stats=zero, opt_state=optimizer.init(params),
+      bank=c.float('memory_0'), normalizer=zero)
   axis = None if num_devices is None else train.AXIS
 
   def step(state, rows):
     index, noise_index = rows
-    correction = []
 
-    def encode(params, batch_stats):
-      features = bank_lib.normalize(jnp.matmul(pixels[index], params['W'].T, precision='highest'))
+    def encode(params, batch_stats, pixels):
+      features = bank_lib.normalize(jnp.matmul(pixels, params['W'].T, precision='highest'))
       if noise_index is not None:
-        features, extra = _with_published_epsilon(features, state, index, noise_index, config.loss,
-                                                  num_rows, axis)
-        correction.append(extra)
+        return _with_published_epsilon(features, state, index, noise_index, config.loss, num_rows,
+                                       axis)
       return features, batch_stats
 
     state, metrics = train.update(
-        state, index, noise_index, encode=encode, optimizer=optimizer, loss=config.loss,
-        bank_momentum=float(data['momentum_bank']), num_rows=num_rows, axis_name=axis)
-    return state, (metrics, state.params['W'], correction)
+        state, pixels[index], index, noise_index, encode=encode, optimizer=optimizer,
+        loss=config.loss, bank_momentum=float(data['momentum_bank']), num_rows=num_rows,
+        axis_name=axis)
+    return state, (metrics, state.params['W'], state.batch_stats)
 
   run = lambda state, rows: lax.scan(step, state, rows)
   if num_devices is None:
@@ -329,7 +329,6 @@ def trajectory(file, wide=False, num_devices=None):
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, (P(None, axis), P())),
                            out_specs=(specs, P()))
     state, (metrics, weights, correction) = jax.jit(mapped)(state, (batch, noise))
-  correction = correction[0] if correction else 0
   suffix, tolerance = ('_f64', 1e-9) if wide else ('', 1e-4)
   c.add(f'loss{suffix}', metrics['loss'] + correction, data[f'loss{suffix}'], tolerance, 'rel')
   if wide:

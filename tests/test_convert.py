@@ -15,6 +15,7 @@ import pytest
 from instdisc_jax import checkpoint, convert, errors, main, models
 from instdisc_jax import config as config_lib
 from tests import parity, twins
+from tests.conftest import small_config
 
 
 def _variables(name, width=4, embedding_dim=6, seed=0):
@@ -310,17 +311,16 @@ def test_layouts_of_other_projects_are_recognised(tmp_path, monkeypatch, layout,
     assert state['bank'] is None
 
 
-def test_a_workdir_without_a_bank_trains_with_a_fresh_one(tmp_path, monkeypatch, pictures):
-  variables = _variables('resnet10_cifar', width=2, embedding_dim=D)
-  monkeypatch.setattr(convert, 'read_file',
-                      lambda file: convert.to_torch(variables, 'resnet10_cifar'))
+def test_a_workdir_without_a_bank_trains_with_a_fresh_one(tmp_path, monkeypatch):
+  config = small_config()
+  name, config.epochs, config.optimizer.learning_rate = config.model.name, 1, 1e-6
+  variables = _variables(name, config.model.width, config.model.embedding_dim)
+  monkeypatch.setattr(convert, 'read_file', lambda file: convert.to_torch(variables, name))
   convert.import_checkpoint('file.pth', tmp_path / 'run')
-  config = _config(pictures)
-  config.batch_size, config.steps, config.optimizer.learning_rate = 64, 1, 1e-6
-  summary = main.run(config, tmp_path / 'run', jax.devices()[:2])
-  assert summary['num_rows'] == N and summary['steps'] == 1
+  summary = main.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert summary['num_rows'] == 128 and summary['steps'] == 4
   state = checkpoint.read(tmp_path / 'run' / 'checkpoints')
-  assert state['bank'].shape == (N, D)
+  assert state['bank'].shape == (128, 16)
   np.testing.assert_allclose(state['params']['conv1']['kernel'],
                              variables['params']['conv1']['kernel'], atol=1e-3)
 

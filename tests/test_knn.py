@@ -81,3 +81,32 @@ def test_top1_counts_right_votes():
   labels = np.array([4, 2, 2])  # first query: two of class 2 outvote class 4; second: not
   for truth, share in (([2, 4], 1.0), ([4, 4], 0.5), ([4, 2], 0.0)):
     assert knn.top1(similarity, row, labels, np.array(truth), 0.5) == share
+
+
+def test_a_grid_of_k_and_temperature_from_one_search_equals_brute_force():
+  queries, bank, labels = _inputs()
+  query_labels = np.random.default_rng(1).integers(0, C, Q)
+  similarity, row = knn.nearest(queries.astype('f4'), bank.astype('f4'), k=200)
+  grid = knn.top1_grid(similarity, row, labels, query_labels, [1, 20, 200], [0.07, 0.5])
+  assert len(grid) == 6
+  for (k, temperature), found in grid.items():
+    scores = twins.class_scores(queries, bank, labels, k, temperature, C)
+    assert found == pytest.approx((scores.argmax(axis=1) == query_labels).mean())
+
+
+def test_the_approximate_search_reports_its_recall():
+  queries, bank, _ = _inputs()
+  arrays = queries.astype('f4'), bank.astype('f4')
+  _, exact = knn.nearest(*arrays, k=20)
+  _, found = knn.nearest(*arrays, k=20, recall_target=0.9)
+  assert knn.recall(found, exact) >= 0.9
+  assert knn.recall(np.roll(exact, 1, axis=0), exact) < 0.2
+  assert knn.recall(exact[:, ::-1], exact) == 1
+
+
+def test_memory_is_bounded_for_50000_queries_of_imagenet(monkeypatch):
+  arrays = (jax.ShapeDtypeStruct((50_000, 128), jnp.float32),
+            jax.ShapeDtypeStruct((1_281_167, 128), jnp.float32))
+  monkeypatch.setattr(knn, '_SCORES', 2**25)  # as it is in use
+  compiled = jax.jit(functools.partial(knn.nearest, k=200)).lower(*arrays).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**30  # all scores would be 256 GB

@@ -14,8 +14,8 @@ from instdisc_jax import augment, train
 _CHUNK = 256  # images per device and call
 
 
-def make_embed(encoder, mesh, mean, std):
-  """The encoder over the mesh, compiled once per shape of the picture array.
+def map_over_mesh(encoder, mesh, mean, std):
+  """The encoder over the mesh, jitted.
 
   Args:
     encoder: a Linen module.
@@ -24,11 +24,13 @@ def make_embed(encoder, mesh, mean, std):
     std: likewise.
 
   Returns:
-    embed(state, images [n, H, W, 3] uint8) -> [n, D] unit-norm `np.ndarray`.
+    call(params, batch_stats, images [n, H, W, 3] uint8, start, size) -> [devices · size, D], the
+    embeddings of `size` pictures per device from `start` on; parts that would reach past the end
+    are moved back.
   """
   def device_part(params, batch_stats, images, start, size):
     start = start + lax.axis_index(train.AXIS) * size
-    part = lax.dynamic_slice_in_dim(images, start, size)  # moved back to fit, at the end
+    part = lax.dynamic_slice_in_dim(images, start, size)
     part = augment.normalize(part.astype(jnp.float32) / 255, mean, std)
     return encoder.apply({'params': params, 'batch_stats': batch_stats}, part, train=False)
 
@@ -37,6 +39,17 @@ def make_embed(encoder, mesh, mean, std):
     return jax.shard_map(functools.partial(device_part, size=size), mesh=mesh,
                          in_specs=(P(), P(), P(), P()), out_specs=P(train.AXIS))(
                              params, batch_stats, images, start)
+
+  return call
+
+
+def make_embed(encoder, mesh, mean, std):
+  """`map_over_mesh` for any number of pictures, compiled once per shape of the picture array.
+
+  Returns:
+    embed(state, images [n, H, W, 3] uint8) -> [n, D] unit-norm `np.ndarray`.
+  """
+  call = map_over_mesh(encoder, mesh, mean, std)
 
   def embed(state, images):
     n = images.shape[0]

@@ -4,6 +4,7 @@ The K rows most similar to a query vote for their labels, each with the weight e
 """
 
 import functools
+import inspect
 
 import jax
 from jax import lax
@@ -16,6 +17,8 @@ from instdisc_jax import losses, train
 
 _BLOCK = 16  # rows per block maximum; larger was slower on CPU
 _SCORES = 2**25  # most scores held at once, 128 MiB in float32
+# JAX after July 2026: an order of ties left open, which lets GPUs select instead of sort.
+_UNSTABLE = {'is_stable': False} if 'is_stable' in inspect.signature(lax.top_k).parameters else {}
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'num_classes', 'axis_name', 'num_rows'))
@@ -47,8 +50,8 @@ def vote(similarity, label, temperature, num_classes):
   return jnp.zeros((label.shape[0], num_classes), weight.dtype).at[queries, label].add(weight)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows'))
-def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None):
+@functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows', 'recall_target'))
+def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None, recall_target=None):
   """The K most similar rows of each query, exact up to ties, most similar first.
 
   Queries are taken in chunks, so that no more than 2^25 scores are held at once. Under
@@ -61,17 +64,19 @@ def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None):
     k: K, at most N (N - 1 with `own_row`).
     axis_name: mesh axis over which the rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
+    recall_target: None for the exact search; else the share of the K best that an approximate one
+      should find, in less time on a TPU (elsewhere it is exact, and slower).
 
   Returns:
     (similarity [Q, K], row [Q, K] int32).
   """
   chunk = max(1, min(queries.shape[0], _SCORES // bank.shape[0]))
   own_row = jnp.full(queries.shape[0], -1) if own_row is None else own_row
-  search = lambda query: _nearest_in_bank(*query, bank, k, axis_name, num_rows)
+  search = lambda query: _nearest_in_bank(*query, bank, k, axis_name, num_rows, recall_target)
   return lax.map(search, (queries, own_row), batch_size=chunk)
 
 
-def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows):
+def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target):
   """One query's K best: [D] -> ([K], [K]); mapped over queries in chunks."""
   n = bank.shape[0]
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
@@ -79,7 +84,11 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows):
   score = losses.score_rows(query[None], bank)[0]
   usable = (position < bank_lib.count_local_rows(bank, axis_name, num_rows)) & (
       first + position != own_row)
-  similarity, row = top_k(jnp.where(usable, score, -jnp.inf), min(k, n))
+  score = jnp.where(usable, score, -jnp.inf)
+  if recall_target is None:
+    similarity, row = top_k(score, min(k, n))
+  else:
+    similarity, row = lax.approx_max_k(score, min(k, n), recall_target=recall_target)
   row = (first + row).astype(jnp.int32)
   if axis_name is not None:
     similarity, row = lax.all_gather((similarity, row), axis_name, tiled=True)
@@ -91,22 +100,31 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows):
 def top_k(scores, k):
   """The k largest of `scores` [n] and their positions, without sorting them all.
 
-  They lie within the k blocks with the largest maxima, so only those are searched.
+  They lie within the k blocks with the largest maxima, so only those are searched. GPUs have a
+  selection of their own.
   """
   num_blocks = -(-scores.shape[0] // _BLOCK)
   if num_blocks <= k:
     return lax.top_k(scores, k)
-  blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
-  blocks = blocks.reshape(num_blocks, _BLOCK)
-  chosen = jnp.sort(lax.top_k(blocks.max(axis=1), k)[1])
-  best, place = lax.top_k(blocks[chosen].reshape(-1), k)
-  return best, chosen[place // _BLOCK] * _BLOCK + place % _BLOCK
+
+  def among_best_blocks(scores):
+    blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
+    blocks = blocks.reshape(num_blocks, _BLOCK)
+    chosen = jnp.sort(lax.top_k(blocks.max(axis=1), k)[1])
+    best, place = lax.top_k(blocks[chosen].reshape(-1), k)
+    return best, chosen[place // _BLOCK] * _BLOCK + place % _BLOCK
+
+  if not _UNSTABLE:
+    return among_best_blocks(scores)
+  return lax.platform_dependent(scores, cuda=lambda x: lax.top_k(x, k, **_UNSTABLE),
+                                default=among_best_blocks)
 
 
-def map_over_mesh(mesh, k, num_rows):
+def map_over_mesh(mesh, k, num_rows, recall_target=None):
   """`nearest` for a bank sharded over the mesh: (queries, bank, own_row) -> the same on all."""
   return jax.jit(jax.shard_map(
-      functools.partial(nearest, k=k, axis_name=train.AXIS, num_rows=num_rows), mesh=mesh,
+      functools.partial(nearest, k=k, axis_name=train.AXIS, num_rows=num_rows,
+                        recall_target=recall_target), mesh=mesh,
       in_specs=(P(), P(train.AXIS), P()), out_specs=P(),
       check_vma=False))  # the gathered candidates are alike on all devices; its types can't tell
 
@@ -124,5 +142,33 @@ def top1(similarity, row, labels, query_labels, temperature):
   Returns:
     A float in [0, 1].
   """
-  scores = vote(similarity, jnp.asarray(labels)[row], temperature, int(labels.max()) + 1)
-  return float(np.mean(np.argmax(scores, axis=1) == query_labels))
+  k = similarity.shape[1]
+  return top1_grid(similarity, row, labels, query_labels, [k], [temperature])[k, temperature]
+
+
+def top1_grid(similarity, row, labels, query_labels, ks, temperatures):
+  """`top1` for every K and τ from one search: the K nearest are the first K of the most asked for.
+
+  Args:
+    similarity: [Q, K'] of the neighbours, most similar first, K' the largest K.
+    row: [Q, K'] int, their rows.
+    labels: [N] int.
+    query_labels: [Q] int.
+    ks: the K, each at most K'.
+    temperatures: the τ.
+
+  Returns:
+    {(K, τ): top-1}.
+  """
+  neighbor_labels, num_classes = jnp.asarray(labels)[row], int(labels.max()) + 1
+  correct = {}
+  for k in ks:
+    for temperature in temperatures:
+      scores = vote(similarity[:, :k], neighbor_labels[:, :k], temperature, num_classes)
+      correct[k, temperature] = float(np.mean(np.argmax(scores, axis=1) == query_labels))
+  return correct
+
+
+def recall(row, exact_row):
+  """Share of the exact neighbours [Q, K] among those found [Q, K]."""
+  return float(np.mean([np.isin(exact, found).mean() for exact, found in zip(exact_row, row)]))

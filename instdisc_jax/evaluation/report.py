@@ -52,7 +52,8 @@ class Evaluator:
         self.query_images, NamedSharding(mesh, P()))
     self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std)
     k = min(max(config.knn.neighbors, _SHOWN), self.num_rows - (self.own_row is not None))
-    self._nearest = knn.map_over_mesh(mesh, k, self.num_rows)
+    self._nearest = knn.map_over_mesh(mesh, k, self.num_rows, config.knn.recall_target)
+    self._exact = knn.map_over_mesh(mesh, k, self.num_rows)
 
   def from_bank(self, state):
     """kNN top-1 of the queries against the bank as it stands, or None without labels."""
@@ -73,9 +74,18 @@ class Evaluator:
     queries = self.query_images.reshape(len(self.query_images), -1) - mean
     return self._top1(*self._search(_unit(queries), self._shard(_unit(flat - mean))))
 
-  def _search(self, queries, bank):
+  def recall(self, state):
+    """Share of the exact neighbours that the approximate search finds; None where none is used."""
+    if self._config.knn.recall_target is None:
+      return None
+    queries = self._embed(state, self._device_queries)
+    found, exact = (self._search(queries, state.bank, search)[1]
+                    for search in (self._nearest, self._exact))
+    return knn.recall(found, exact)
+
+  def _search(self, queries, bank, search=None):
     own_row = np.full(len(queries), -1, np.int32) if self.own_row is None else self.own_row
-    return jax.device_get(self._nearest(queries, bank, own_row))
+    return jax.device_get((search or self._nearest)(queries, bank, own_row))
 
   def _shard(self, rows):
     padded = np.pad(rows, ((0, -len(rows) % self._mesh.size), (0, 0)))
@@ -118,6 +128,7 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
       'loss': config.loss.name,
       'knn_neighbors': config.knn.neighbors,
       'knn_temperature': config.knn.temperature,
+      'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
       'knn_top1_untrained': evaluator.recomputed(untrained)[0],
@@ -151,6 +162,8 @@ def show(summary, workdir, console):
     value = summary[key]
     table.add_row(title, '–' if value is None else f'{value:.3f}')
   console.print(table)
+  if summary['knn_recall'] is not None:
+    console.print(f'approximate search: recall {summary["knn_recall"]:.4f}', markup=False)
   if summary['knn_top1'] is None:
     console.print('no kNN accuracy: the data set has no labels', markup=False)
   speed = summary['images_per_second']
