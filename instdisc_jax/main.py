@@ -133,6 +133,9 @@ def main(argv=None):
     if config.get('deterministic') is True:  # read when JAX first looks for devices
       flags_before = os.environ.get('XLA_FLAGS', '')
       os.environ['XLA_FLAGS'] = f'{flags_before} --xla_gpu_deterministic_ops=true'
+    if jax.config.jax_compilation_cache_dir is None:  # a resumed run compiles nothing anew
+      jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compiled'))
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     run(config, pathlib.Path(workdir))
 
   return errors.exit_code(command)

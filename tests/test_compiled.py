@@ -22,7 +22,6 @@ MANY = 200_000  # rows
 LOSSES = {
     'softmax': dict(name='softmax', block_rows=1024),
     'nce': dict(name='nce', noise_count=300),
-    'nce few': dict(name='nce', noise_count=2),  # by gather, the other by scoring all rows
     'nce shared': dict(name='nce', noise_count=300, shared_noise=True, proximal_weight=1.0),
     'sampled_softmax': dict(name='sampled_softmax', noise_count=300),
 }

@@ -291,9 +291,10 @@ def _other_layouts(name):
   }
 
 
-@pytest.mark.parametrize('layout', list(_other_layouts('resnet18')[2]))
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
-def test_layouts_of_other_projects_are_recognised(tmp_path, monkeypatch, layout, name):
+@pytest.mark.parametrize('name, layout', [
+    (['resnet18', 'resnet50'][i % 2], layout)
+    for i, layout in enumerate(_other_layouts('resnet18')[2])])
+def test_layouts_of_other_projects_are_recognised(tmp_path, monkeypatch, name, layout):
   variables, bank, layouts = _other_layouts(name)
   content, head = layouts[layout]
   monkeypatch.setattr(convert, 'read_file', lambda file: content)
@@ -325,15 +326,17 @@ def test_a_workdir_without_a_bank_trains_with_a_fresh_one(tmp_path, monkeypatch)
                              variables['params']['conv1']['kernel'], atol=1e-3)
 
 
-def test_a_bank_of_other_data_is_refused(tmp_path, monkeypatch, pictures):
-  variables, bank, layouts = _other_layouts('resnet18')
-  monkeypatch.setattr(convert, 'read_file', lambda file: layouts['mmselfsup'][0])
+def test_a_bank_of_other_data_is_refused(tmp_path, monkeypatch):
+  config = small_config()
+  name = config.model.name
+  weights = convert.to_torchvision(_variables(name, 2, 16), name)
+  content = {('neck.' if key.startswith('fc.') else 'backbone.') + key: value
+             for key, value in weights.items()}
+  content['memory_bank.feature_bank'] = np.ones((50, 16), np.float32)
+  monkeypatch.setattr(convert, 'read_file', lambda file: content)
   convert.import_checkpoint('file.pth', tmp_path / 'run')
-  config = _config(pictures)
-  config.model.update(name='resnet18', width=4)
-  config.batch_size = N
-  config.augment.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-  with pytest.raises(errors.UserError, match='50 rows, must have one for each of the 256'):
+  config.batch_size = 128
+  with pytest.raises(errors.UserError, match='50 rows, must have one for each of the 128'):
     main.run(config, tmp_path / 'run', jax.devices()[:1])
 
 

@@ -171,3 +171,29 @@ def test_bfloat16_bank_costs_only_its_rounding(case):
                  temperature=TEMPERATURE, **extra)
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, expected, atol=0.15)  # scores to 2^-9, over τ, in M + 1 columns
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+@pytest.mark.parametrize('loss_fn, extra', [
+    (losses.nce_loss, {'normalizer': NORMALIZER}), (losses.sampled_softmax_loss, {})])
+def test_shared_noise_equals_the_same_rows_given_to_each_image(loss_fn, extra, num_devices):
+  features, bank, index, noise_index = (jnp.asarray(a) for a in _inputs(40))
+  features, bank = features.astype('f4'), bank.astype('f4')
+
+  def call(noise):
+    if num_devices is None:
+      fn = lambda f: loss_fn(f, bank, index, noise, temperature=TEMPERATURE, **extra)
+      return fn(features), jax.grad(lambda f: fn(f).sum())(features)
+    kwargs = dict(temperature=TEMPERATURE, axis_name=train.AXIS, num_rows=N, **extra)
+
+    def device(f, bank, index):
+      fn = lambda f: loss_fn(f, bank, index, noise, **kwargs)
+      return fn(f), jax.grad(lambda f: fn(f).sum())(f)
+
+    return jax.jit(jax.shard_map(
+        device, mesh=train.make_mesh(), in_specs=(P(train.AXIS),) * 3,
+        out_specs=P(train.AXIS)))(features, train.pad_rows(bank, num_devices), index)
+
+  shared = noise_index[0]
+  for found, expected in zip(call(shared), call(jnp.tile(shared, (B, 1)))):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

@@ -232,3 +232,50 @@ def test_noise_of_the_step_is_the_bank_s_own_draw(monkeypatch):
   monkeypatch.setattr(bank_lib, 'noise', spy)
   _run(_config(name='sampled_softmax'), 4, 1)
   assert seen[0] == ((B,), 20, N)  # for the global batch, over the true rows
+
+
+def _linear_update(loss, num_devices, accumulate_steps):
+  """(parameters, bank [N, D], metrics) after a step of a linear encoder: it has no batch norm."""
+  random = np.random.default_rng(0)
+  weights = jnp.asarray(random.standard_normal((5, 8)))
+  optimizer = train.make_optimizer(_config(), N)
+  mesh = train.make_mesh(jax.devices()[:num_devices])
+  bank = bank_lib.normalize(jnp.asarray(random.standard_normal((N, 8))))
+  state = train.TrainState(
+      step=jnp.int32(0), params=weights, batch_stats={}, opt_state=optimizer.init(weights),
+      bank=train.pad_rows(bank, num_devices), normalizer=jnp.float64(80.0))
+  images, index = random.standard_normal((B, 5)), random.permutation(N)[:B]
+  noise_index = random.integers(0, N, 30 if loss.get('shared_noise') else (B, 30))
+  config = _config(**loss)
+  step = functools.partial(
+      train.update, encode=lambda w, stats, x: (bank_lib.normalize(x @ w), stats),
+      optimizer=optimizer, loss=config.loss, bank_momentum=0.5, num_rows=N, axis_name=train.AXIS,
+      accumulate_steps=accumulate_steps)
+  split, whole = jax.P(train.AXIS), jax.P()
+  state, metrics = jax.jit(jax.shard_map(
+      step, mesh=mesh, in_specs=(train.STATE_SPECS, split, split, whole),
+      out_specs=(train.STATE_SPECS, whole)))(state, images, index, noise_index)
+  return np.asarray(state.params), np.asarray(state.bank)[:N], metrics
+
+
+@pytest.mark.parametrize('num_devices', [1, 4])
+@pytest.mark.parametrize('loss', [
+    dict(name='softmax'), dict(name='nce', proximal_weight=3.0),
+    dict(name='nce', shared_noise=True), dict(name='sampled_softmax')])
+def test_accumulated_parts_make_the_same_step_as_the_whole_batch(loss, num_devices):
+  with jax.enable_x64(True):
+    params, bank, metrics = _linear_update(loss, 1, 1)
+    params_parts, bank_parts, metrics_parts = _linear_update(loss, num_devices, 4)
+  np.testing.assert_allclose(params_parts, params, rtol=1e-10)
+  np.testing.assert_allclose(bank_parts, bank, rtol=1e-10)
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(metrics_parts[name], metrics[name], rtol=1e-10)
+
+
+def test_accumulation_runs_in_the_whole_step_with_one_bank_update():
+  config = _config()
+  config.accumulate_steps = 4
+  history, bank, state = _run(config, 2, 1)
+  assert np.isfinite(history['loss']).all() and int(state.step) == 1
+  start = np.asarray(_set_up(config, 2)[0].bank)[:N]
+  assert (np.abs(bank - start).max(axis=1) > 1e-3).sum() == B
