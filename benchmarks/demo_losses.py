@@ -8,15 +8,11 @@ cores. Writes benchmarks/results/demo_losses.json.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
-import subprocess
 import tempfile
 
-import jax
+import common
 from rich import console as rich_console
 from rich import table as rich_table
 
@@ -47,20 +43,6 @@ def measure(overrides, epochs, seed):
   return {key: summary[key] for key in KEPT}
 
 
-def environment():
-  """What a figure depends on besides the code, and which code it was."""
-  git = lambda *args: subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True,
-                                     check=False).stdout.strip()
-  return {
-      'date': datetime.date.today().isoformat(),
-      'commit': git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain') else ''),
-      'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
-      'processor': platform.processor() or platform.machine(),
-      'python': platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax')},
-  }
-
-
 def report(rows, seed):
   table = rich_table.Table(title=f'kNN top-1 of the demo, seed {seed}')
   for title in ('loss', 'trained', 'raw pixels', 'untrained', 'seconds'):
@@ -81,6 +63,7 @@ if __name__ == '__main__':
   output.parent.mkdir(parents=True, exist_ok=True)
   for name, overrides in LOSSES.items():
     rows[name] = measure(overrides, args.epochs, args.seed)
-    result = {'environment': environment(), 'epochs': args.epochs, 'seed': args.seed, 'rows': rows}
+    result = {'environment': common.environment(), 'epochs': args.epochs, 'seed': args.seed,
+              'rows': rows}
     output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + '\n')
   report(rows, args.seed)

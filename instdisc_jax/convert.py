@@ -9,7 +9,7 @@ Modules of the encoders are named and numbered as in PyTorch, so most names foll
     params/layer1_0/bn1/scale                     layer1.0.bn1.weight
     batch_stats/layer1_0/bn1/var                  layer1.0.bn1.running_var
 
-Reading or writing .pth needs PyTorch (`pip install 'instdisc_jax[torch]'`); nothing else does.
+Reading or writing .pth needs PyTorch (`pip install '.[torch]'`); nothing else does.
 """
 
 import argparse
@@ -266,7 +266,7 @@ def _needs(name):
     yield
   except ImportError as e:
     raise errors.UserError(f'this file needs {name}, which is not installed: '
-                           "pip install 'instdisc_jax[torch]'") from e
+                           "pip install '.[torch]'") from e
 
 
 # Where the encoder lies in the files of other projects: the prefix of its backbone, that of its
