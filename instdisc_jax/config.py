@@ -58,6 +58,8 @@ def default():
   config.optimizer.learning_rate = 0.03
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 5e-4
+  config.optimizer.schedule = 'milestones'  # or cosine: a linear rise, then half a cosine to 0
+  config.optimizer.warmup_epochs = 0.0  # of cosine
   config.optimizer.milestones = (120, 160)  # epochs
   config.optimizer.milestone_factor = 0.1
 
@@ -132,6 +134,8 @@ _REQUIRED = {
     'optimizer.learning_rate': _above_zero,
     'optimizer.momentum': (lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     'optimizer.weight_decay': _non_negative,
+    'optimizer.schedule': _one_of('milestones', 'cosine'),
+    'optimizer.warmup_epochs': _non_negative,
     'optimizer.milestones': (lambda v: all(a > 0 for a in v), 'epochs above 0'),
     'optimizer.milestone_factor': _above_zero,
     'augment.crop_scale': (lambda v: _pair[0](v) and v[1] <= 1, _pair[1] + ', at most 1'),
@@ -177,6 +181,10 @@ def validate(config):
     if found[key] == 'float64' and not jax.config.jax_enable_x64:
       raise errors.UserError(f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment: '
                              f'set that, or --config.{key}=float32')
+  if config.optimizer.schedule == 'cosine' and config.optimizer.warmup_epochs >= config.epochs:
+    raise errors.UserError(
+        f'optimizer.warmup_epochs is {config.optimizer.warmup_epochs}, must be below the '
+        f'{config.epochs} epochs: set --config.optimizer.warmup_epochs')
   normalizer = config.loss.normalizer
   if normalizer not in ('first_batch', 'ema') and not _is_positive_number(normalizer):
     raise errors.UserError(f'loss.normalizer is {normalizer}, must be first_batch, ema or a number '
@@ -305,7 +313,10 @@ def write(workdir, settings, fingerprint):
 
 def _check_same_run(workdir, old, new, fingerprint):
   # A workdir made from a checkpoint fixes what that fixes; its first run fixes the rest.
-  for key in sorted(old['config'].keys() - set(CHANGEABLE)):
+  changeable = set(CHANGEABLE)
+  if new['optimizer.schedule'] == 'cosine':  # whose end is the run's
+    changeable -= {'epochs', 'steps'}
+  for key in sorted(old['config'].keys() - changeable):
     was, asked = old['config'].get(key), new.get(key)
     if was != asked:
       raise errors.UserError(f"workdir '{workdir}' was begun with {key} = {was}, not {asked}: set "

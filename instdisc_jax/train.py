@@ -83,7 +83,16 @@ def total_steps(config, num_rows):
 
 
 def learning_rate_schedule(config, num_rows):
-  """Step -> learning rate: divided at each milestone, in epochs (epoch of step t = t·B // N)."""
+  """Step -> learning rate: divided at each milestone, in epochs (epoch of step t = t·B // N).
+
+  With the schedule `cosine` it rises over `warmup_epochs` and falls to 0 at the end of the run.
+  """
+  if config.optimizer.schedule == 'cosine':
+    end = total_steps(config, num_rows)
+    warmup = math.ceil(config.optimizer.warmup_epochs * num_rows / config.batch_size)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else config.optimizer.learning_rate, config.optimizer.learning_rate,
+        min(warmup, end - 1), end)
   boundaries = {math.ceil(epoch * num_rows / config.batch_size): config.optimizer.milestone_factor
                 for epoch in config.optimizer.milestones}
   return optax.piecewise_constant_schedule(config.optimizer.learning_rate, boundaries)

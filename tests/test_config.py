@@ -79,6 +79,14 @@ class TestClaimWorkdir:
     config.epochs, config.knn.every_epochs = 300, 5
     config_lib.claim_workdir(tmp_path / 'run', config, 'data')
 
+  def test_a_cosine_ends_with_the_run_that_was_begun(self, tmp_path):
+    config = config_lib.default()
+    config.optimizer.schedule = 'cosine'
+    config_lib.claim_workdir(tmp_path, config, 'data')
+    config.epochs = 300
+    with pytest.raises(errors.UserError, match='begun with epochs = 200, not 300'):
+      config_lib.claim_workdir(tmp_path, config, 'data')
+
   def test_another_setting_is_named_with_both_values(self, tmp_path):
     config = config_lib.default()
     config_lib.claim_workdir(tmp_path, config, 'data')

@@ -279,3 +279,14 @@ def test_accumulation_runs_in_the_whole_step_with_one_bank_update():
   assert np.isfinite(history['loss']).all() and int(state.step) == 1
   start = np.asarray(_set_up(config, 2)[0].bank)[:N]
   assert (np.abs(bank - start).max(axis=1) > 1e-3).sum() == B
+
+
+def test_the_cosine_rises_falls_and_ends_with_the_run():
+  config = _config()
+  config.optimizer.update(schedule='cosine', warmup_epochs=2.0, learning_rate=0.4)
+  schedule = train.learning_rate_schedule(config, N)  # 20 epochs of 45 images by 16: 57 steps
+  rates = np.array([schedule(step) for step in range(58)])
+  np.testing.assert_allclose(rates[[0, 6, 57]], [0, 0.4, 0], atol=1e-7)
+  assert (np.diff(rates[:7]) > 0).all() and (np.diff(rates[6:]) < 0).all()
+  config.steps = 3  # shorter than the rise
+  assert np.isfinite([train.learning_rate_schedule(config, N)(step) for step in range(3)]).all()

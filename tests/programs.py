@@ -1,0 +1,66 @@
+"""Training steps compiled without values, and what their collectives carry."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from instdisc_jax import train
+from instdisc_jax.models import resnet
+from tests.conftest import small_config
+
+SIDE = 8  # of the images, in pixels
+
+
+def step(loss, *, num_rows, num_devices, batch_size, dim):
+  """(run_steps, its arguments without values, the state) of a small encoder's step."""
+  config = small_config()
+  config.batch_size = batch_size
+  config.model.embedding_dim = dim
+  config.loss.update(loss)
+  mesh = train.make_mesh(jax.devices()[:num_devices])
+  encoder = resnet.ResNet(resnet.BasicBlock, (1,), True, embedding_dim=dim, width=4)
+  optimizer = train.make_optimizer(config, num_rows)
+  bank = jax.ShapeDtypeStruct((-(-num_rows // num_devices) * num_devices, dim), jnp.float32)
+
+  def init():
+    variables = encoder.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)), train=False)
+    return train.TrainState(
+        step=jnp.int32(0), params=variables['params'], batch_stats=variables['batch_stats'],
+        opt_state=optimizer.init(variables['params']), bank=jnp.zeros(bank.shape),
+        normalizer=jnp.float32(0))
+
+  state = jax.eval_shape(init)
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  state = jax.tree.map(place, state, train.state_shardings(mesh, state))
+  whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, train.AXIS))
+  images = jax.ShapeDtypeStruct((num_rows, SIDE, SIDE, 3), jnp.uint8, sharding=whole)
+  index = jax.ShapeDtypeStruct((1, batch_size), jnp.int32, sharding=split)
+  run_steps = train.map_over_mesh(mesh, functools.partial(
+      train.train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows))
+  return run_steps, (state, images, index, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)), (
+      state)
+
+
+def traffic(compiled, state):
+  """Numbers that all collectives of a step carry, less gradients and batch-norm statistics."""
+  synchronised = sum(math.prod(x.shape)
+                     for x in jax.tree.leaves((state.params, state.batch_stats)))
+  return collective_numbers(compiled.as_text()) - synchronised
+
+
+def collective_numbers(text):
+  """Numbers that the collectives of a compiled program carry, the larger of in and out for each."""
+  total = 0
+  for line in text.splitlines():
+    found = re.search(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+                      r'collective-permute)(?:-start)?\((.*?)\)', line)
+    if found:
+      count = lambda shapes: sum(math.prod(map(int, dims.split(','))) if dims else 1
+                                 for dims in re.findall(r'\w+\[([\d,]*)\]', shapes))
+      total += max(count(found[1]), count(found[3]))
+  return total
