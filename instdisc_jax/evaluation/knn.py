@@ -71,9 +71,11 @@ def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None, re
     (similarity [Q, K], row [Q, K] int32).
   """
   chunk = max(1, min(queries.shape[0], _SCORES // bank.shape[0]))
-  own_row = jnp.full(queries.shape[0], -1) if own_row is None else own_row
-  search = lambda query: _nearest_in_bank(*query, bank, k, axis_name, num_rows, recall_target)
-  return lax.map(search, (queries, own_row), batch_size=chunk)
+  search = lambda query, own_row: _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows,
+                                                   recall_target)
+  if own_row is None:
+    return lax.map(lambda query: search(query, None), queries, batch_size=chunk)
+  return lax.map(lambda pair: search(*pair), (queries, own_row), batch_size=chunk)
 
 
 def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target):
@@ -82,9 +84,11 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
   position = jnp.arange(n)
   score = losses.score_rows(query[None], bank)[0]
-  usable = (position < bank_lib.count_local_rows(bank, axis_name, num_rows)) & (
-      first + position != own_row)
-  score = jnp.where(usable, score, -jnp.inf)
+  if axis_name is not None or num_rows not in (None, n):
+    padding = position >= bank_lib.count_local_rows(bank, axis_name, num_rows)
+    score = jnp.where(padding, -jnp.inf, score)
+  if own_row is not None:
+    score = jnp.where(first + position == own_row, -jnp.inf, score)
   if recall_target is None:
     similarity, row = top_k(score, min(k, n))
   else:
@@ -110,13 +114,13 @@ def top_k(scores, k):
   def among_best_blocks(scores):
     blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
     blocks = blocks.reshape(num_blocks, _BLOCK)
-    chosen = jnp.sort(lax.top_k(blocks.max(axis=1), k)[1])
+    chosen = lax.top_k(blocks.max(axis=1), k)[1]
     best, place = lax.top_k(blocks[chosen].reshape(-1), k)
     return best, chosen[place // _BLOCK] * _BLOCK + place % _BLOCK
 
   if not _UNSTABLE:
     return among_best_blocks(scores)
-  return lax.platform_dependent(scores, cuda=lambda x: lax.top_k(x, k, **_UNSTABLE),
+  return lax.platform_dependent(scores, cuda=lambda x: tuple(lax.top_k(x, k, **_UNSTABLE)),
                                 default=among_best_blocks)
 
 
