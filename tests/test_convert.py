@@ -377,11 +377,16 @@ def test_a_hostile_pickle_is_refused_by_name_and_never_executed(
   assert sorted(p.name for p in tmp_path.iterdir()) == ['hostile.pth']
 
 
-def _torch_encoder(name, torch):
-  """The same architecture in PyTorch: torchvision's, or written out."""
-  for op in ('nms', 'qnms'):  # torchvision's wheel lacks its operators beside a CPU build of torch
+def _allow_torchvision_without_operators(torch):
+  """torchvision's wheel for GPUs lacks its own operators beside a CPU build of torch."""
+  for op in ('nms', 'qnms'):
     with contextlib.suppress(RuntimeError):
       torch.library.define(f'torchvision::{op}', '(Tensor a, Tensor b, float c) -> Tensor')
+
+
+def _torch_encoder(name, torch):
+  """The same architecture in PyTorch: torchvision's, or written out."""
+  _allow_torchvision_without_operators(torch)
   nn, vision = torch.nn, pytest.importorskip('torchvision').models
   if name == 'alexnet':
     conv = lambda i, o, k, s, p: [nn.Conv2d(i, o, k, s, p, bias=False), nn.BatchNorm2d(o),
@@ -433,3 +438,23 @@ def test_an_exported_encoder_loads_in_pytorch_with_the_same_embeddings(
   np.testing.assert_allclose(found, expected, atol=2e-5)
   missing, unexpected = net.load_state_dict(load(tmp_path / f'backbone{suffix}'), strict=False)
   assert sorted(missing) == ['fc.bias', 'fc.weight'] and not unexpected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_an_exported_encoder_loads_in_timm(tmp_path, monkeypatch, torch, name):
+  _allow_torchvision_without_operators(torch)
+  timm = pytest.importorskip('timm')
+  variables = _variables(name, 64, D)
+  (tmp_path / 'run').mkdir()
+  config_lib.write(tmp_path / 'run', {'model.name': name}, None)
+  monkeypatch.setattr(checkpoint, 'read', lambda folder: variables)
+  assert convert.main([f'--workdir={tmp_path}/run', f'--to={tmp_path}/net.pth', '--head']) == 0
+  net = timm.create_model(name, num_classes=D).eval()
+  net.load_state_dict(torch.load(tmp_path / 'net.pth', weights_only=True))
+  images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+  with torch.no_grad():
+    expected = torch.nn.functional.normalize(net(torch.from_numpy(images).permute(0, 3, 1, 2)))
+  model = models.create(name, width=64, embedding_dim=D)
+  found = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+  np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
