@@ -1,7 +1,6 @@
 """Eight virtual CPU devices for every test, and one small trained run that many tests look at."""
 
 import atexit
-import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -12,10 +11,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 # The tests' pictures are tiny: most of their time would go into optimising the programs.
-FLAGS = ' --xla_backend_optimization_level=0'
-if importlib.metadata.version('jax').startswith('0.10.'):
-  FLAGS += ' --xla_cpu_use_fusion_emitters=false'  # halves the time to compile; gone since
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + FLAGS
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 
 import jax  # noqa: E402  (after the flags are set)
 import pytest  # noqa: E402

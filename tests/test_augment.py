@@ -1,4 +1,5 @@
 import colorsys
+import functools
 import itertools
 
 import jax
@@ -22,6 +23,10 @@ def _pictures(count=4, height=32, width=32):
   coarse = random.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
   return np.stack([np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC))
                    for c in coarse])
+
+
+def _augment(keys, pictures, **kwargs):
+  return jax.jit(functools.partial(augment.augment, **kwargs))(keys, pictures)
 
 
 def _keys(count, seed=0):
@@ -122,37 +127,37 @@ def test_jitter_in_every_order_equals_pil():
 
 def test_grayscale_equals_pil():
   pictures = _pictures()
-  ours = augment.augment(_keys(4), pictures, **OFF | dict(grayscale=1.0))
+  ours = _augment(_keys(4), pictures, **OFF | dict(grayscale=1.0))
   pils = np.stack([np.asarray(Image.fromarray(p).convert('L')) for p in pictures])
   np.testing.assert_allclose(ours * 255, np.repeat(pils[..., None], 3, axis=3), atol=1)
 
 
 def test_flip_mirrors_and_normalise_scales():
   pictures = _pictures()
-  flipped = augment.augment(_keys(4), pictures, **OFF | dict(flip=1.0))
+  flipped = _augment(_keys(4), pictures, **OFF | dict(flip=1.0))
   np.testing.assert_allclose(flipped * 255, pictures[:, :, ::-1], atol=1e-3)
-  scaled = augment.augment(_keys(4), pictures, **OFF | dict(mean=(0.1, 0.2, 0.3), std=(2, 4, 8)))
+  scaled = _augment(_keys(4), pictures, **OFF | dict(mean=(0.1, 0.2, 0.3), std=(2, 4, 8)))
   np.testing.assert_allclose(scaled, (pictures / 255 - [0.1, 0.2, 0.3]) / [2, 4, 8], atol=1e-6)
 
 
 def test_everything_off_leaves_the_picture():
   pictures = _pictures(height=20, width=28)
-  same = augment.augment(_keys(4), pictures, **OFF | dict(size=(20, 28), crop_ratio=(0.1, 10.0)))
+  same = _augment(_keys(4), pictures, **OFF | dict(size=(20, 28), crop_ratio=(0.1, 10.0)))
   np.testing.assert_allclose(same.mean(), pictures.mean() / 255, atol=0.05)
-  same = augment.augment(_keys(4), _pictures(), **OFF)
+  same = _augment(_keys(4), _pictures(), **OFF)
   np.testing.assert_allclose(same * 255, _pictures(), atol=1e-3)
 
 
 def test_probabilities_and_strengths_have_the_published_spread():
   count = 4000
   white = np.full((count, 2, 2, 3), 100, np.uint8)
-  views = augment.augment(_keys(count), white, **OFF | dict(size=(2, 2), brightness=0.4))
+  views = _augment(_keys(count), white, **OFF | dict(size=(2, 2), brightness=0.4))
   factor = np.asarray(views)[:, 0, 0, 0] * 255 / 100
   assert 0.6 <= factor.min() < 0.61 and 1.39 < factor.max() <= 1.4
   np.testing.assert_allclose(factor.mean(), 1, atol=0.02)
   red = np.zeros((count, 2, 2, 3), np.uint8)
   red[:, :, 0, 0] = 255
-  views = np.asarray(augment.augment(
+  views = np.asarray(_augment(
       _keys(count), red, **OFF | dict(size=(2, 2), grayscale=0.2, flip=0.5)))
   np.testing.assert_allclose(np.mean(views[..., 0].max((1, 2)) < 0.5), 0.2, atol=0.03)
   np.testing.assert_allclose(np.mean(views[:, 0, 0, 0] == 0), 0.5, atol=0.04)
@@ -160,8 +165,8 @@ def test_probabilities_and_strengths_have_the_published_spread():
 
 def test_a_view_depends_on_its_own_key_alone():
   pictures = _pictures(8)
-  views = np.asarray(augment.augment(_keys(8), pictures, **CIFAR))
-  few = np.asarray(augment.augment(_keys(8)[2:5], pictures[2:5], **CIFAR))
+  views = np.asarray(_augment(_keys(8), pictures, **CIFAR))
+  few = np.asarray(_augment(_keys(8)[2:5], pictures[2:5], **CIFAR))
   np.testing.assert_allclose(views[2:5], few, atol=1e-5)
-  other = np.asarray(augment.augment(_keys(8, seed=1), pictures, **CIFAR))
+  other = np.asarray(_augment(_keys(8, seed=1), pictures, **CIFAR))
   assert np.abs(views - other).mean((1, 2, 3)).min() > 0.05

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from instdisc_jax import checkpoint, convert, errors, main, models
+from instdisc_jax import checkpoint, convert, errors, main, models, train
 from instdisc_jax import config as config_lib
 from tests import parity, twins
 from tests.conftest import small_config
@@ -312,18 +312,24 @@ def test_layouts_of_other_projects_are_recognised(tmp_path, monkeypatch, name, l
     assert state['bank'] is None
 
 
-def test_a_workdir_without_a_bank_trains_with_a_fresh_one(tmp_path, monkeypatch):
+def test_a_workdir_without_a_bank_goes_on_with_a_fresh_one(tmp_path, monkeypatch):
   config = small_config()
-  name, config.epochs, config.optimizer.learning_rate = config.model.name, 1, 1e-6
+  name = config.model.name
   variables = _variables(name, config.model.width, config.model.embedding_dim)
   monkeypatch.setattr(convert, 'read_file', lambda file: convert.to_torch(variables, name))
   convert.import_checkpoint('file.pth', tmp_path / 'run')
-  summary = main.run(config, tmp_path / 'run', jax.devices()[:1])
-  assert summary['num_rows'] == 128 and summary['steps'] == 4
-  state = checkpoint.read(tmp_path / 'run' / 'checkpoints')
-  assert state['bank'].shape == (128, 16)
-  np.testing.assert_allclose(state['params']['conv1']['kernel'],
-                             variables['params']['conv1']['kernel'], atol=1e-3)
+  config.augment.update(config_lib.default().augment)
+  config_lib.claim_workdir(tmp_path / 'run', config, 'any data')
+  mesh = train.make_mesh(jax.devices()[:2])
+  encoder = models.create(name, width=config.model.width, embedding_dim=config.model.embedding_dim)
+  fresh = train.init_state(config, encoder, train.make_optimizer(config, 129), 129, (32, 32, 3),
+                           mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', 1, 129, mesh)
+  state = checkpoints.restore(fresh)
+  checkpoints.close()
+  assert state.bank.shape == (130, 16)
+  np.testing.assert_array_equal(state.bank, fresh.bank)
+  _assert_same({'params': state.params, 'batch_stats': state.batch_stats}, variables)
 
 
 def test_a_bank_of_other_data_is_refused(tmp_path, monkeypatch):

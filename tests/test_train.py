@@ -91,7 +91,8 @@ def test_gradient_scale_does_not_depend_on_the_device_count(float64_runs):
 
 
 @pytest.mark.parametrize('loss', [
-    dict(name='nce', normalizer='ema', proximal_weight=3.0), dict(name='sampled_softmax')])
+    dict(name='nce', normalizer='ema', proximal_weight=3.0),
+    pytest.param(dict(name='sampled_softmax'), marks=pytest.mark.slow)])
 def test_the_sampled_losses_are_the_same_on_1_and_8_devices(loss):
   config = _config(**loss)
   config.model.dtype = config.bank.dtype = 'float64'
@@ -148,11 +149,12 @@ def test_bank_rows_move_to_the_features_of_their_own_images():
 
 
 def test_normalizer_is_frozen_followed_or_given():
-  drift = {}
   for normalizer in ('first_batch', 'ema', '123.5'):
-    history, _, state = _run(_config(name='nce', normalizer=normalizer, normalizer_decay=0.9), 2, 6)
-    z, drift[normalizer] = history['normalizer'], history['normalizer_drift']
-    estimate = z * np.exp(drift[normalizer])
+    loss = dict(name='nce', normalizer=normalizer, normalizer_decay=0.9)
+    _, _, history = _linear_updates(loss, 2, 1, num_steps=6, normalizer=0.0)
+    z = history['normalizer']
+    estimate = z * np.exp(history['normalizer_drift'])
+    assert np.ptp(estimate) > 0.1
     if normalizer == 'first_batch':
       np.testing.assert_array_equal(z, z[0])
       np.testing.assert_allclose(estimate[0], z[0], rtol=1e-6)
@@ -160,7 +162,6 @@ def test_normalizer_is_frozen_followed_or_given():
       np.testing.assert_allclose(z[1:], 0.9 * z[:-1] + 0.1 * estimate[1:], rtol=1e-5)
     else:
       np.testing.assert_array_equal(z, 123.5)
-    np.testing.assert_allclose(float(state.normalizer), z[-1], rtol=1e-6)
 
 
 def test_the_proximal_term_adds_its_weight_times_the_penalty():
@@ -234,28 +235,32 @@ def test_noise_of_the_step_is_the_bank_s_own_draw(monkeypatch):
   assert seen[0] == ((B,), 20, N)  # for the global batch, over the true rows
 
 
-def _linear_update(loss, num_devices, accumulate_steps):
-  """(parameters, bank [N, D], metrics) after a step of a linear encoder: it has no batch norm."""
+def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer=80.0):
+  """(parameters, bank [N, D], metrics) after steps of a linear encoder: it has no batch norm."""
   random = np.random.default_rng(0)
+  config = _config(**loss)
   weights = jnp.asarray(random.standard_normal((5, 8)))
-  optimizer = train.make_optimizer(_config(), N)
+  optimizer = train.make_optimizer(config, N)
   mesh = train.make_mesh(jax.devices()[:num_devices])
   bank = bank_lib.normalize(jnp.asarray(random.standard_normal((N, 8))))
   state = train.TrainState(
       step=jnp.int32(0), params=weights, batch_stats={}, opt_state=optimizer.init(weights),
-      bank=train.pad_rows(bank, num_devices), normalizer=jnp.float64(80.0))
+      bank=train.pad_rows(bank, num_devices), normalizer=jnp.asarray(normalizer, weights.dtype))
   images, index = random.standard_normal((B, 5)), random.permutation(N)[:B]
   noise_index = random.integers(0, N, 30 if loss.get('shared_noise') else (B, 30))
-  config = _config(**loss)
   step = functools.partial(
       train.update, encode=lambda w, stats, x: (bank_lib.normalize(x @ w), stats),
       optimizer=optimizer, loss=config.loss, bank_momentum=0.5, num_rows=N, axis_name=train.AXIS,
       accumulate_steps=accumulate_steps)
   split, whole = jax.P(train.AXIS), jax.P()
-  state, metrics = jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(train.STATE_SPECS, split, split, whole),
-      out_specs=(train.STATE_SPECS, whole)))(state, images, index, noise_index)
-  return np.asarray(state.params), np.asarray(state.bank)[:N], metrics
+  run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(train.STATE_SPECS, split, split, whole),
+                              out_specs=(train.STATE_SPECS, whole)))
+  history = []
+  for _ in range(num_steps):
+    state, metrics = run(state, images.astype(weights.dtype), index, noise_index)
+    history.append(jax.device_get(metrics))
+  history = jax.tree.map(lambda *x: np.stack(x), *history)
+  return np.asarray(state.params), np.asarray(state.bank)[:N], history
 
 
 @pytest.mark.parametrize('num_devices', [1, 4])
@@ -264,8 +269,8 @@ def _linear_update(loss, num_devices, accumulate_steps):
     dict(name='nce', shared_noise=True), dict(name='sampled_softmax')])
 def test_accumulated_parts_make_the_same_step_as_the_whole_batch(loss, num_devices):
   with jax.enable_x64(True):
-    params, bank, metrics = _linear_update(loss, 1, 1)
-    params_parts, bank_parts, metrics_parts = _linear_update(loss, num_devices, 4)
+    params, bank, metrics = _linear_updates(loss, 1, 1)
+    params_parts, bank_parts, metrics_parts = _linear_updates(loss, num_devices, 4)
   np.testing.assert_allclose(params_parts, params, rtol=1e-10)
   np.testing.assert_allclose(bank_parts, bank, rtol=1e-10)
   for name in ('loss', 'grad_norm'):
