@@ -1,19 +1,30 @@
 """Saving and restoring the training state; the only file that knows Orbax.
 
 A checkpoint holds the whole `TrainState`, the bank as its N true rows, so that it can be restored
-on any number of devices: padding belongs to the machine, not to the data.
+on any number of devices: padding belongs to the machine, not to the data. It appears under its name
+only when it is complete, with the SHA-256 of each of its files in a manifest; one that no longer
+agrees with its manifest is damaged, and the one before it takes its place.
 """
 
+import contextlib
 import functools
+import hashlib
+import json
+import os
 import pathlib
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import orbax.checkpoint as ocp
 
 from instdisc_jax import errors, train
+
+_MANIFEST = 'manifest.json'
+_DATES = '_CHECKPOINT_METADATA'  # which Orbax writes once more at the very end
 
 
 class Checkpoints:
@@ -27,19 +38,65 @@ class Checkpoints:
   """
 
   def __init__(self, folder, keep, num_rows, mesh):
-    self._num_rows, self._mesh = num_rows, mesh
+    self._folder, self._num_rows, self._mesh = pathlib.Path(folder), num_rows, mesh
+    self._damaged = self._folder.with_name(f'{self._folder.name}-damaged')
+    self._saving = self._pending_losses = None
     self._manager = ocp.CheckpointManager(
         folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-            enable_async_checkpointing=True))
+            enable_async_checkpointing=True, cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
 
   def latest_step(self):
     """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, state):
-    """Starts saving; the state may be donated to the next step at once."""
+  def set_damaged_aside(self):
+    """Moves checkpoints newer than the newest sound one out of the way, and warns of each.
+
+    Raises:
+      errors.RunError: all are damaged; nothing is moved.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damage = {}
+    if jax.process_index() == 0:
+      for step in steps:
+        fault = _fault(self._folder / str(step))
+        if fault is None:
+          break
+        damage[step] = fault
+    if jax.process_count() > 1:
+      count = int(multihost_utils.broadcast_one_to_all(np.int32(len(damage))))
+      damage = {step: damage.get(step) for step in steps[:count]}
+    if steps and len(damage) == len(steps):
+      raise errors.RunError(
+          f"every checkpoint in '{self._folder}' is damaged ("
+          + ', '.join(f'{step}: {fault}' for step, fault in damage.items())
+          + '): nothing was changed; put one back, or set another --workdir to begin again')
+    for step, fault in damage.items():
+      if jax.process_index() == 0:
+        self._damaged.mkdir(exist_ok=True)
+        number = len(list(self._damaged.glob(f'{step}.*')))
+        os.rename(self._folder / str(step), self._damaged / f'{step}.{number}')
+        errors.warn(f"checkpoint {step} is damaged ({fault}): it was moved to '{self._damaged}', "
+                    'and the one before is used')
+    if damage:
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('damaged checkpoints are aside')
+      self._manager.reload()
+
+  def save(self, state, pending_losses=()):
+    """Starts saving; the state may be donated to the next step at once.
+
+    Args:
+      state: `TrainState`.
+      pending_losses: numbers that `pending_losses` gives back: the losses since the last line of
+        metrics.jsonl, so that the next line is the same with and without a stop.
+
+    Raises:
+      errors.RunError: this save could not be begun, or the one before it failed.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     strip = lambda bank: bank
     if state.bank is not None:
@@ -47,7 +104,16 @@ class Checkpoints:
       strip = lambda bank: bank[:self._num_rows]
     copy = jax.jit(lambda s: jax.tree.map(jnp.copy, s.replace(bank=strip(s.bank))),
                    out_shardings=shardings)(state)
-    self._manager.save(int(state.step), args=ocp.args.StandardSave(copy), force=True)
+    step = int(state.step)
+    with self._failing():
+      self._manager.wait_until_finished()
+      self._saving, self._pending_losses = step, list(pending_losses)
+      self._manager.save(step, args=ocp.args.StandardSave(copy), force=True)
+
+  def pending_losses(self):
+    """What the newest checkpoint was saved with."""
+    manifest = self._folder / str(self.latest_step()) / _MANIFEST
+    return json.loads(manifest.read_text())['pending_losses']
 
   def restore(self, like, step=None):
     """Reads a checkpoint into the shardings and shapes of `like`.
@@ -82,13 +148,34 @@ class Checkpoints:
     return state.replace(bank=jax.jit(pad, out_shardings=padded.sharding)(state.bank))
 
   def close(self):
-    """Waits for the last save; an error of any save comes up here at the latest."""
+    """Waits for the last save.
+
+    Raises:
+      errors.RunError: a save failed.
+    """
     try:
-      self._manager.wait_until_finished()
-    except OSError as e:
-      raise errors.RunError(f'saving a checkpoint failed: {e}') from e
+      with self._failing():
+        self._manager.wait_until_finished()
     finally:
       self._manager.close()
+
+  @contextlib.contextmanager
+  def _failing(self):
+    """Whatever a save fails with (of Orbax, TensorStore or the system), as a `RunError`."""
+    try:
+      yield
+    except Exception as e:
+      kept = [step for step in self._manager.all_steps(read=True) if step != self._saving]
+      raise errors.RunError(
+          f'the checkpoint of step {self._saving} could not be saved ({errors.one_line(e)[:200]}); '
+          + (f'that of step {max(kept)} is kept' if kept else 'there is none before it')
+          + (': make space and run the same command again' if errors.is_no_space(e) else '')) from e
+
+  def _write_manifest(self):
+    """Called with all files of the new checkpoint written, before it gets its name."""
+    folder, = self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*')
+    manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
+    (folder / _MANIFEST).write_text(json.dumps(manifest))
 
   def _bank_sharding(self):
     """By rows where the devices share them evenly, else one copy on each."""
@@ -96,8 +183,35 @@ class Checkpoints:
     return NamedSharding(self._mesh, P(train.AXIS) if even else P())
 
 
+def _hashes(folder):
+  """{path: SHA-256} of every file of a checkpoint."""
+  hashes = {}
+  for path in sorted(folder.rglob('*')):
+    if path.name == _DATES:
+      hashes[str(path.relative_to(folder))] = None
+    elif path.is_file():
+      with path.open('rb') as file:
+        hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return hashes
+
+
+def _fault(folder):
+  """What is wrong with a checkpoint, in words, or None."""
+  try:
+    expected = json.loads((folder / _MANIFEST).read_text())['sha256']
+  except (OSError, ValueError, KeyError, TypeError):
+    return f'no readable {_MANIFEST}'
+  found = _hashes(folder)
+  for path in expected:
+    if path not in found:
+      return f'no file {path}'
+    if found[path] != expected[path]:
+      return f'{path} was changed'
+  return None
+
+
 def read(folder):
-  """The newest checkpoint as it was stored, on the host.
+  """The newest sound checkpoint as it was stored, on the host.
 
   Args:
     folder: the checkpoints of a run.
@@ -107,18 +221,24 @@ def read(folder):
     dicts of NumPy arrays.
 
   Raises:
-    errors.UserError: there is no checkpoint.
+    errors.UserError: there is none.
   """
   folder = pathlib.Path(folder).absolute()
-  step = None
+  sound = None
   if folder.is_dir():
     manager = ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler())
-    step = manager.latest_step()
-  if step is None:
-    raise errors.UserError(f"no checkpoint in '{folder}': set --workdir to the folder of a run")
+    for step in sorted(manager.all_steps(), reverse=True):
+      fault = _fault(folder / str(step))
+      if fault is None:
+        sound = step
+        break
+      errors.warn(f"checkpoint {step} in '{folder}' is damaged ({fault})")
+  if sound is None:
+    raise errors.UserError(f"no sound checkpoint in '{folder}': set --workdir to the folder of a "
+                           'run')
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                      manager.item_metadata(step).tree)
-  state = manager.restore(step, args=ocp.args.StandardRestore(like))
+                      manager.item_metadata(sound).tree)
+  state = manager.restore(sound, args=ocp.args.StandardRestore(like))
   manager.close()
   return jax.device_get(state)

@@ -4,10 +4,7 @@ A file in `configs/` starts from `default()` and sets what its recipe needs. Any
 overridden on the command line: `--config.loss.temperature=0.1`.
 """
 
-import json
 import math
-import os
-import pathlib
 
 import jax
 from ml_collections import config_dict
@@ -176,7 +173,7 @@ def validate(config):
     value = found[key]
     if value is not None and not _holds(holds, value):
       raise errors.UserError(f"{key} is {value}, must be {requirement}: set --config.{key}, "
-                             f'e.g. --config.{key}={_plain(fallback[key])}')
+                             f'e.g. --config.{key}={plain(fallback[key])}')
   for key in ('model.dtype', 'bank.dtype'):
     if found[key] == 'float64' and not jax.config.jax_enable_x64:
       raise errors.UserError(f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment: '
@@ -246,7 +243,8 @@ def _holds(holds, value):
     return False
 
 
-def _plain(value):
+def plain(value):
+  """A setting as JSON can hold it."""
   return list(value) if isinstance(value, tuple) else value
 
 
@@ -255,74 +253,3 @@ def _is_positive_number(text):
     return 0 < float(text) < math.inf
   except ValueError:
     return False
-
-
-def claim_workdir(workdir, config, fingerprint):
-  """Makes the run's folder, or checks that it belongs to this configuration and data.
-
-  Args:
-    workdir: a path.
-    config: the run's configuration.
-    fingerprint: of the training images' source.
-
-  Returns:
-    The absolute path.
-
-  Raises:
-    errors.UserError: it can't be written, or belongs to another run.
-  """
-  workdir = pathlib.Path(workdir).absolute()
-  file = workdir / 'config.json'
-  new = {key: _plain(value) for key, value in flatten(config).items()}
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-      _check_same_run(workdir, json.loads(file.read_text()), new, fingerprint)
-    write(workdir, new, fingerprint)
-  except OSError as e:
-    raise errors.UserError(f"workdir '{workdir}' can't be written ({e.strerror}): set --workdir to "
-                           'a folder that can') from e
-  except (json.JSONDecodeError, KeyError) as e:
-    raise errors.UserError(f"'{file}' is no configuration of a run: set another --workdir") from e
-  return workdir
-
-
-def read(workdir):
-  """The settings in a workdir's config.json, {'loss.temperature': 0.1, ...}.
-
-  Raises:
-    errors.UserError: there is no such file, or it is something else.
-  """
-  file = pathlib.Path(workdir) / 'config.json'
-  try:
-    return json.loads(file.read_text())['config']
-  except OSError as e:
-    raise errors.UserError(f"no '{file}' ({e.strerror}): set --workdir to the folder of a run"
-                           ) from e
-  except (ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(f"'{file}' is no configuration of a run: set another --workdir") from e
-
-
-def write(workdir, settings, fingerprint):
-  """Writes config.json: {'loss.temperature': 0.1, ...} and the data's fingerprint, or None."""
-  file = pathlib.Path(workdir) / 'config.json'
-  partial = file.with_suffix('.partial')
-  partial.write_text(json.dumps({'config': settings, 'data': fingerprint}, indent=2) + '\n')
-  os.replace(partial, file)
-
-
-def _check_same_run(workdir, old, new, fingerprint):
-  # A workdir made from a checkpoint fixes what that fixes; its first run fixes the rest.
-  changeable = set(CHANGEABLE)
-  if new['optimizer.schedule'] == 'cosine':  # whose end is the run's
-    changeable -= {'epochs', 'steps'}
-  for key in sorted(old['config'].keys() - changeable):
-    was, asked = old['config'].get(key), new.get(key)
-    if was != asked:
-      raise errors.UserError(f"workdir '{workdir}' was begun with {key} = {was}, not {asked}: set "
-                             f'--config.{key}={was}, or another --workdir')
-  if old['data'] not in (None, fingerprint):
-    raise errors.UserError(
-        f"workdir '{workdir}' was begun with other data of the name {new['dataset.name']} "
-        f"({old['data'][:60]}, not {fingerprint[:60]}): set --config.dataset.name to the data it "
-        'was begun with, or another --workdir')

@@ -35,6 +35,7 @@ import optax
 
 from instdisc_jax import checkpoint, errors, models, train
 from instdisc_jax import config as config_lib
+from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.models import alexnet, vgg
 
 _MODULES = {'downsample_conv': 'downsample.0', 'downsample_bn': 'downsample.1'}
@@ -438,13 +439,15 @@ def import_checkpoint(file, workdir):
     checkpoints = checkpoint.Checkpoints(partial / 'checkpoints', 1, num_rows, mesh)
     checkpoints.save(jax.device_put(state, train.state_shardings(mesh, state)))
     checkpoints.close()
-    config_lib.write(partial, settings, None)
+    workdir_lib.write(partial, settings, None)
     if workdir.exists():
       workdir.rmdir()
     partial.rename(workdir)
   except OSError as e:
     raise errors.UserError(f"workdir '{workdir}' can't be written ({e.strerror}): set --workdir to "
                            'a folder that can') from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
   lines = [f'encoder: {name}, width {width}, embedding of {embedding_dim}; head {head_line}']
   if bank is None:
     lines += ['bank: none in the file; training begins with a fresh one']
@@ -471,7 +474,7 @@ def export(workdir, file, with_head=False):
   workdir, file = pathlib.Path(workdir), pathlib.Path(file)
   if file.suffix not in ('.pth', '.safetensors'):
     raise errors.UserError(f"--to is '{file}', must end in .pth or .safetensors: set --to")
-  settings = config_lib.read(workdir)
+  settings, _ = workdir_lib.read(workdir)
   state = checkpoint.read(workdir / 'checkpoints')
   state_dict = to_torchvision({key: state[key] for key in ('params', 'batch_stats')},
                               settings['model.name'])
@@ -511,7 +514,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.source is None) == (args.to is None):
       raise errors.UserError('one of --from and --to must be given: see --help')
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax reports all it does
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
     if args.to:
       export(args.workdir, args.to, args.head)
       print(args.to)

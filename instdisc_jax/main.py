@@ -1,6 +1,7 @@
 """Trains by instance discrimination; run on the same workdir again, it goes on where it stopped."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -10,18 +11,17 @@ import time
 
 from absl import flags
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_dict, config_flags
 
-from instdisc_jax import checkpoint, data, errors, models, train
+from instdisc_jax import checkpoint, data, distributed, errors, models, preemption, train
 from instdisc_jax import config as config_lib
 from instdisc_jax import metrics as metrics_lib
+from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.evaluation import report
 
 
 def parse(argv):
-  """Command line -> (config, workdir); raises `errors.UserError`."""
+  """Command line -> (arguments, config); raises `errors.UserError`."""
   settings = '\n'.join(f'  --config.{key}={value}'
                        for key, value in config_lib.flatten(config_lib.default()).items())
   parser = argparse.ArgumentParser(
@@ -33,6 +33,15 @@ def parse(argv):
                       help='a Python file with get_config(), e.g. configs/digits.py')
   parser.add_argument('--workdir', metavar='DIR', required=True,
                       help='where checkpoints, metrics and the summary go')
+  several = parser.add_argument_group(
+      'several processes', 'Each is started with the same command, on its own machine or devices.')
+  several.add_argument('--distributed', action='store_true',
+                       help='they are found from Slurm, Open MPI, GKE or Cloud TPU')
+  several.add_argument('--coordinator', metavar='HOST:PORT', help='or: the address of process 0,')
+  several.add_argument('--num_processes', type=int, metavar='P', help='their number,')
+  several.add_argument('--process_id', type=int, metavar='I', help='and the number of this one')
+  several.add_argument('--heartbeat_seconds', type=int, metavar='S', default=100,
+                       help='one silent for so long has died, and the others end (default: 100)')
   parser.exit_on_error = False
   parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
   known, overrides = parser.parse_known_args(argv)
@@ -57,16 +66,17 @@ def parse(argv):
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, "
                            'must return a ConfigDict: see configs/digits.py')
-  return config, known.workdir
+  return known, config
 
 
-def run(config, workdir, devices=None):
+def run(config, workdir, devices=None, watch=None):
   """Trains to the end, evaluates, and returns the summary.
 
   Args:
     config: a `ConfigDict` with the keys of `config.default()`.
     workdir: the run's folder, made if need be.
     devices: to train on; all that JAX shows by default.
+    watch: a `preemption.Watch` that is entered; by default signals are left alone.
 
   Returns:
     What summary.json holds.
@@ -74,72 +84,75 @@ def run(config, workdir, devices=None):
   Raises:
     errors.UserError: a setting, the data or the workdir is not as it must be.
     errors.RunError: the run failed.
+    errors.Stopped: a signal came; what was done is saved.
   """
   started = time.monotonic()
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax and TFDS report all they do
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS report all they do
+  watch = watch or preemption.Watch()
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed)
   num_rows, image_shape = len(dataset.train_images), dataset.train_images.shape[1:]
   mesh = train.make_mesh(devices)
   config_lib.validate_for_data(config, num_rows, image_shape, mesh.size)
-  workdir = config_lib.claim_workdir(workdir, config, dataset.fingerprint)
 
-  encoder = models.create(
-      config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
-      dtype=config.model.dtype,
-      batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
-  optimizer = train.make_optimizer(config, num_rows)
-  init = lambda: train.init_state(config, encoder, optimizer, num_rows, image_shape, mesh)
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep, num_rows,
-                                       mesh)
-  saved, end = checkpoints.latest_step(), train.total_steps(config, num_rows)
-  if saved is not None and saved > end:
-    raise errors.UserError(f"'{workdir}' is at step {saved}, past the {end} steps asked for: set "
-                           '--config.epochs (or --config.steps) to more, or another --workdir')
-  progress = metrics_lib.Progress(saved or 0, end)
-  summary_file = workdir / report.SUMMARY
-  if saved == end and summary_file.exists():
+  with contextlib.ExitStack() as stack:
+    workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.fingerprint))
+    encoder = models.create(
+        config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
+        dtype=config.model.dtype,
+        batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
+    optimizer = train.make_optimizer(config, num_rows)
+    init = lambda: train.init_state(config, encoder, optimizer, num_rows, image_shape, mesh)
+    checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(
+        workdir / 'checkpoints', config.checkpoint.keep, num_rows, mesh)))
+    checkpoints.set_damaged_aside()
+    saved, end = checkpoints.latest_step(), train.total_steps(config, num_rows)
+    if saved is not None and saved > end:
+      raise errors.UserError(f"'{workdir}' is at step {saved}, past the {end} steps asked for: set "
+                             '--config.epochs (or --config.steps) to more, or another --workdir')
+    progress = stack.enter_context(contextlib.closing(metrics_lib.Progress(saved or 0, end)))
+    summary_file = workdir / report.SUMMARY
+    if saved == end and summary_file.exists():
+      summary = json.loads(summary_file.read_text())
+      report.show(summary, workdir, progress.console)
+      return summary
+
+    state, pending_losses = init(), []
+    if saved is not None:
+      state, pending_losses = checkpoints.restore(state), checkpoints.pending_losses()
+      progress.print(f'resuming {workdir} at step {saved} of {end}')
+    images = train.on_every_device(dataset.train_images, mesh)
+    evaluator = report.Evaluator(config, dataset, encoder, mesh, images, watch)
+    metrics = stack.enter_context(contextlib.closing(metrics_lib.Metrics(workdir, saved or 0)))
+    wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
+    state, fitted = train.fit(
+        state, images, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
+        mesh=mesh, checkpoints=checkpoints, pending_losses=pending_losses, metrics=metrics,
+        progress=progress, watch=watch, evaluate=evaluator.from_bank, wall_clock=wall_clock)
+    summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock)
     progress.close()
-    summary = json.loads(summary_file.read_text())
     report.show(summary, workdir, progress.console)
     return summary
 
-  state = init()
-  if saved is not None:
-    state = checkpoints.restore(state)
-    progress.print(f'resuming {workdir} at step {saved} of {end}')
-  images = jax.device_put(dataset.train_images, NamedSharding(mesh, P()))
-  evaluator = report.Evaluator(config, dataset, encoder, mesh, images)
-  metrics = metrics_lib.Metrics(workdir, saved or 0)
-  wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
-  try:
-    state, fitted = train.fit(
-        state, images, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
-        mesh=mesh, checkpoints=checkpoints, metrics=metrics, progress=progress,
-        evaluate=evaluator.from_bank, wall_clock=wall_clock)
-  finally:
-    progress.close()
-    metrics.close()
-    checkpoints.close()
-  summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock)
-  report.show(summary, workdir, progress.console)
-  return summary
-
 
 def main(argv=None):
-  """The command; returns its exit code: 0, 2 for a user's mistake, 1 for a failed run."""
+  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
   def command():
-    config, workdir = parse(argv)
+    args, config = parse(argv)
+    if args.distributed or args.coordinator is not None:
+      distributed.initialize(args.coordinator, args.num_processes, args.process_id,
+                             args.heartbeat_seconds)
     if config.get('deterministic') is True:  # read when JAX first looks for devices
       flags_before = os.environ.get('XLA_FLAGS', '')
       os.environ['XLA_FLAGS'] = f'{flags_before} --xla_gpu_deterministic_ops=true'
     if jax.config.jax_compilation_cache_dir is None:  # a resumed run compiles nothing anew
-      jax.config.update('jax_compilation_cache_dir', os.path.join(workdir, 'compiled'))
+      jax.config.update('jax_compilation_cache_dir', os.path.join(args.workdir, 'compiled'))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-    run(config, pathlib.Path(workdir))
+    with preemption.Watch() as watch:
+      run(config, pathlib.Path(args.workdir), watch=watch)
 
   return errors.exit_code(command)
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  distributed.leave(main())

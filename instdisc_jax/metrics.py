@@ -22,12 +22,14 @@ class Metrics:
 
   Attributes:
     earlier_seconds: wall-clock time that the kept lines say was spent before.
+    evaluated: steps whose kNN accuracy the kept lines hold.
   """
 
   def __init__(self, workdir, step):
     self._file = self._events = None
     kept = [line for line in read(workdir) if line['step'] <= step]
     self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
+    self.evaluated = {line['step'] for line in kept if 'knn_top1' in line}
     if jax.process_index() != 0:
       return
     path = pathlib.Path(workdir) / FILE
@@ -54,15 +56,17 @@ class Metrics:
 
 
 def read(workdir):
-  """The lines of metrics.jsonl as dicts; one that a crash cut short ends the list."""
+  """The lines of metrics.jsonl as dicts, without those that a crash or a full disk cut short."""
   path = pathlib.Path(workdir) / FILE
   lines = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for text in path.read_text(errors='replace').splitlines():
       try:
-        lines.append(json.loads(line))
+        line = json.loads(text)
       except json.JSONDecodeError:
-        break
+        continue
+      if isinstance(line, dict) and isinstance(line.get('step'), int):
+        lines.append(line)
   return lines
 
 

@@ -30,6 +30,7 @@ from instdisc_jax import bank as bank_lib
 from instdisc_jax.data import order
 
 AXIS = 'data'
+_ALIKE = 0.99  # norm of the mean embedding from which on an encoder counts as collapsed
 _INIT, _AUGMENT, _NOISE = range(3)  # the run's independent streams of random numbers
 
 _LOSSES = {
@@ -68,6 +69,12 @@ def make_mesh(devices=None):
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), (AXIS,), devices=devices,
                        axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def on_every_device(array, mesh):
+  """A NumPy array that all processes have, copied to each device."""
+  return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()),
+                                      lambda part: array[part])
 
 
 def on_cpu(mesh):
@@ -215,8 +222,9 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
     unroll: whether they are written out, not looped over.
 
   Returns:
-    (state, metrics): 'loss', 'grad_norm', and where they apply 'proximal_penalty', 'normalizer',
-    'normalizer_drift' (log of this batch's estimate over the Z in use).
+    (state, metrics): 'loss', 'grad_norm', 'feature_mean_norm' (1 where all features are alike), and
+    where they apply 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
+    estimate over the Z in use).
   """
   mean = lambda x: jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
   shared = dict(axis_name=axis_name, num_rows=num_rows)
@@ -234,6 +242,7 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
       normalizer = _next_normalizer(loss, normalizer, estimate)
       metrics |= {'normalizer': normalizer, 'normalizer_drift': jnp.log(estimate / normalizer)}
       kwargs['normalizer'] = normalizer
+    metrics['feature_mean_norm'] = _mean_norm(features, axis_name)
     value = mean(_LOSSES[loss.name](*columns, **kwargs))
     if loss.proximal_weight:
       penalty = mean(losses.proximal_penalty(features, state.bank, index, **shared))
@@ -251,9 +260,9 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
 
   inputs = _in_parts((images, index, noise_index), accumulate_steps, axis_name)
   zeros = jax.tree.map(jnp.zeros_like, state.params)
-  (batch_stats, normalizer, grads), (features, metrics) = lax.scan(
-      part, (state.batch_stats, state.normalizer, zeros), inputs,
-      unroll=unroll or accumulate_steps == 1)
+  scan = _written_out_scan if unroll or accumulate_steps == 1 else lax.scan
+  (batch_stats, normalizer, grads), (features, metrics) = scan(
+      part, (state.batch_stats, state.normalizer, zeros), inputs)
   grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
@@ -269,6 +278,12 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
       normalizer=normalizer), metrics
 
 
+def _mean_norm(features, axis_name):
+  """‖mean of the unit vectors v_i over the global batch‖: 1 if they are alike, near 0 if spread."""
+  mean = lax.stop_gradient(features).mean(axis=0)
+  return jnp.linalg.norm(mean if axis_name is None else lax.pmean(mean, axis_name))
+
+
 def _after(index, metric):
   """`index`, but not before `metric` is known.
 
@@ -277,6 +292,19 @@ def _after(index, metric):
   """
   never = (metric > 1) & (metric < -1)
   return index + never.astype(index.dtype)
+
+
+def _written_out_scan(body, carry, inputs):
+  """`lax.scan` without a loop.
+
+  Not `lax.scan(..., unroll=True)`: that leaves a loop of one round, and XLA:CPU prepares the
+  convolutions in it for its fast kernels only if they are outside from the start.
+  """
+  outputs = []
+  for i in range(len(jax.tree.leaves(inputs)[0])):
+    carry, output = body(carry, jax.tree.map(lambda x: x[i], inputs))
+    outputs.append(output)
+  return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
 
 def _in_parts(inputs, num_parts, axis_name):
@@ -361,12 +389,12 @@ class Fitted:
   images_per_second: float | None = None
 
 
-def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoints, metrics,
-        progress, evaluate, wall_clock):
+def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoints, pending_losses,
+        metrics, progress, watch, evaluate, wall_clock):
   """Trains from `state.step` to the end of the run.
 
   Nothing is fetched from the devices between steps but the metrics of the dispatch before. Before
-  a checkpoint is written all its losses and gradients are known to be finite.
+  a checkpoint is written all its numbers are known to be finite.
 
   Args:
     state: `TrainState`; donated.
@@ -377,8 +405,10 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     num_rows: N.
     mesh: the device mesh.
     checkpoints: `checkpoint.Checkpoints`.
+    pending_losses: of the steps between the last line of metrics.jsonl and `state.step`.
     metrics: `metrics.Metrics`.
     progress: `metrics.Progress`.
+    watch: `preemption.Watch`.
     evaluate: state -> kNN top-1 or None, called at the end of epochs.
     wall_clock: () -> seconds since the run began.
 
@@ -386,7 +416,8 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     (state, `Fitted`).
 
   Raises:
-    errors.RunError: a loss or gradient is not finite.
+    errors.RunError: a number that is not finite.
+    errors.Stopped: a signal came; the state is saved.
   """
   run_steps = map_over_mesh(mesh, functools.partial(
       train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
@@ -396,19 +427,20 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
   batch_size, end = config.batch_size, total_steps(config, num_rows)
   epoch_of = lambda step: step * batch_size // num_rows
   fitted = Fitted()
-  losses_since_line, timer = [], _Timer()
+  losses_since_line, timer, alike = list(pending_losses), _Timer(), False
 
   def settle(dispatch):
-    """Waits for a dispatch, checks and logs what it measured."""
-    last_step, count, history = dispatch
+    """Waits for a dispatch, checks and logs what it measured; whether a signal came before it."""
+    nonlocal alike
+    last_step, count, history, stop = dispatch
     history = {name: np.asarray(value)[:count] for name, value in history.items()}
-    for name in ('loss', 'grad_norm'):
+    for name in ('feature_mean_norm', 'loss', 'grad_norm'):
       bad = np.flatnonzero(~np.isfinite(history[name]))
       if bad.size:
         raise errors.RunError(_not_finite(name, history[name][bad[0]],
                                           last_step - count + bad[0], checkpoints.latest_step()))
     timer.count(count * batch_size)
-    losses_since_line.extend(history['loss'])
+    losses_since_line.extend(history['loss'].tolist())
     fitted.final_loss = float(history['loss'][-1])
     progress.advance(last_step, epoch_of(last_step), fitted.final_loss, timer.rate())
     if is_logged(last_step):
@@ -418,8 +450,14 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
                    images_per_second=timer.rate(), wall_seconds=wall_clock())
       losses_since_line.clear()
       metrics.write(last_step, **line)
+      was_alike, alike = alike, line['feature_mean_norm'] > _ALIKE and epoch_of(last_step) > 0
+      if alike and not was_alike:
+        errors.warn(f'the embeddings of step {last_step} are nearly all alike: the norm of their '
+                    f'mean is {line["feature_mean_norm"]:.4f}, of a working encoder well below 1: '
+                    'try a smaller --config.optimizer.learning_rate or --config.loss.temperature')
+    return bool(stop)
 
-  ends_epoch = lambda step: epoch_of(step) > epoch_of(step - 1)
+  ends_epoch = lambda step: step > 0 and epoch_of(step) > epoch_of(step - 1)
   into_epoch = lambda step: step - math.ceil(epoch_of(step) * num_rows / batch_size)
   is_logged = lambda step: (ends_epoch(step) or into_epoch(step) % config.log_every_steps == 0
                             or step == end)
@@ -429,7 +467,20 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
     every = config.knn.every_epochs
     return every and ends_epoch(step) and epoch_of(step) // every > epoch_of(step - 1) // every
 
-  step, running = int(state.step), None
+  def evaluate_and_tell(step):
+    value = evaluate(state)
+    text = f'epoch {epoch_of(step):4d}  step {step:6d}'
+    if fitted.final_loss is not None:
+      text += f'  loss {fitted.final_loss:.4f}'
+    if value is not None:
+      metrics.write(step, epoch=epoch_of(step), knn_top1=value)
+      text += f'  kNN top-1 {value:.4f}'
+    progress.print(text)
+
+  step, running, stop = int(state.step), None, False
+  watch.check()
+  if is_evaluated(step) and step not in metrics.evaluated:  # a signal came in between
+    evaluate_and_tell(step)
   while step < end:
     count = next(i for i in range(1, per_dispatch + 1)
                  if i == per_dispatch or is_logged(step + i) or is_saved(step + i))
@@ -438,20 +489,22 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
         count)
     step += count
     if running is not None:
-      settle(running)  # while this dispatch computes
-    running = step, count, history
-    if is_evaluated(step) or is_saved(step):
-      settle(running)
+      stop = settle(running)  # while this dispatch computes
+    running = step, count, history, watch.poll(mesh)
+    if stop or is_evaluated(step) or is_saved(step):
+      stop = settle(running) or stop
       running = None
-      if is_evaluated(step):
-        value = evaluate(state)
-        text = f'epoch {epoch_of(step):4d}  step {step:6d}  loss {fitted.final_loss:.4f}'
-        if value is not None:
-          metrics.write(step, epoch=epoch_of(step), knn_top1=value)
-          text += f'  kNN top-1 {value:.4f}'
-        progress.print(text)
-      if is_saved(step):
-        checkpoints.save(state)
+      if is_evaluated(step) and not stop:
+        try:
+          evaluate_and_tell(step)
+        except errors.Stopped:
+          stop = True
+      if stop or is_saved(step):
+        _check_finite(state, checkpoints.latest_step())
+        checkpoints.save(state, losses_since_line)
+      if stop:
+        raise errors.Stopped(f'stopped by {watch.name()} at step {step} of {end}, which is saved: '
+                             'run the same command again to go on')
       timer.restart()
   fitted.images_per_second = timer.mean()
   return state, fitted
@@ -492,6 +545,26 @@ def _place_batches(seed, step, num_batches, batch_size, num_rows, mesh):
                     for i in range(num_batches)])
   return jax.make_array_from_callback(index.shape, NamedSharding(mesh, P(None, AXIS)),
                                       lambda part: index[part])
+
+
+def _check_finite(state, saved):
+  """Raises `errors.RunError` if any number of the state is not finite, the bank's rows included."""
+  fields = {name: part for name, part in vars(state).items() if name != 'step'}
+  for name, row in jax.device_get(_first_bad_rows(fields)).items():
+    if row >= 0:
+      which = f'bank row {row}' if name == 'bank' else name
+      raise errors.RunError(_not_finite(which, 'not a number or infinite', int(state.step), saved))
+
+
+@jax.jit
+def _first_bad_rows(fields):
+  """{name: the first row of any of its arrays that holds a non-finite number, or -1}."""
+  def first(x):
+    bad = ~jnp.isfinite(x).reshape(x.shape[0] if x.ndim else 1, -1).all(axis=1)
+    return jnp.where(bad.any(), jnp.argmax(bad), -1)
+  rows = {name: [first(x) for x in jax.tree.leaves(part) if jnp.issubdtype(x.dtype, jnp.inexact)]
+          for name, part in fields.items()}
+  return {name: jnp.stack(found).max() for name, found in rows.items() if found}
 
 
 def _not_finite(name, value, step, saved):

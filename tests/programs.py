@@ -16,10 +16,10 @@ from tests.conftest import small_config
 SIDE = 8  # of the images, in pixels
 
 
-def step(loss, *, num_rows, num_devices, batch_size, dim):
+def step(loss, *, num_rows, num_devices, batch_size, dim, accumulate_steps=1):
   """(run_steps, its arguments without values, the state) of a small encoder's step."""
   config = small_config()
-  config.batch_size = batch_size
+  config.batch_size, config.accumulate_steps = batch_size, accumulate_steps
   config.model.embedding_dim = dim
   config.loss.update(loss)
   mesh = train.make_mesh(jax.devices()[:num_devices])

@@ -112,3 +112,14 @@ def test_search_and_embedding_lower_for_absent_hardware(platform):
   exported = export.export(embed, platforms=[platform])(
       state.params, state.batch_stats, images, np.int32(0), size=4)
   assert 'stablehlo.convolution' in exported.mlir_module()
+
+
+@pytest.mark.parametrize('accumulate_steps', [1, 2])
+def test_no_convolution_was_ever_in_a_loop_on_a_cpu(accumulate_steps):
+  run_steps, arguments, _ = programs.step(
+      LOSSES['softmax'], num_rows=5000, num_devices=1, batch_size=B, dim=D,
+      accumulate_steps=accumulate_steps)
+  convolutions = [line for line in run_steps.lower(*arguments).compile().as_text().splitlines()
+                  if ' convolution(' in line]
+  assert len(convolutions) >= 3 * accumulate_steps  # forward, and both gradients
+  assert not [line for line in convolutions if '/while/' in line]  # there they are 10 times slower

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from instdisc_jax import checkpoint, convert, errors, main, models, train
+from instdisc_jax import checkpoint, convert, errors, main, models, train, workdir
 from instdisc_jax import config as config_lib
 from tests import parity, twins
 from tests.conftest import small_config
@@ -254,7 +254,7 @@ def test_a_published_imagenet_checkpoint_brings_its_momentum_and_epoch(
   for key, value in convert.to_torch(zeros | {'params': trace}, name).items():
     if key in momentum:
       np.testing.assert_array_equal(value, momentum[key], err_msg=key)
-  settings = config_lib.read(tmp_path / 'run')
+  settings, _ = workdir.read(tmp_path / 'run')
   assert settings['loss.name'] == 'nce' and settings['loss.temperature'] == 0.07
   assert settings['batch_size'] == 256 and settings['augment.mean'] == [0.485, 0.456, 0.406]
 
@@ -319,7 +319,8 @@ def test_a_workdir_without_a_bank_goes_on_with_a_fresh_one(tmp_path, monkeypatch
   monkeypatch.setattr(convert, 'read_file', lambda file: convert.to_torch(variables, name))
   convert.import_checkpoint('file.pth', tmp_path / 'run')
   config.augment.update(config_lib.default().augment)
-  config_lib.claim_workdir(tmp_path / 'run', config, 'any data')
+  with workdir.claim(tmp_path / 'run', config, 'any data'):
+    pass
   mesh = train.make_mesh(jax.devices()[:2])
   encoder = models.create(name, width=config.model.width, embedding_dim=config.model.embedding_dim)
   fresh = train.init_state(config, encoder, train.make_optimizer(config, 129), 129, (32, 32, 3),
@@ -425,7 +426,7 @@ def test_an_exported_encoder_loads_in_pytorch_with_the_same_embeddings(
     tmp_path, monkeypatch, torch, name, width, side, suffix):
   variables = _variables(name, width, D)
   (tmp_path / 'run').mkdir()
-  config_lib.write(tmp_path / 'run', {'model.name': name}, None)
+  workdir.write(tmp_path / 'run', {'model.name': name}, None)
   monkeypatch.setattr(checkpoint, 'read', lambda folder: variables)
   convert.export(tmp_path / 'run', tmp_path / f'net{suffix}', with_head=True)
   convert.export(tmp_path / 'run', tmp_path / f'backbone{suffix}')
@@ -453,7 +454,7 @@ def test_an_exported_encoder_loads_in_timm(tmp_path, monkeypatch, torch, name):
   timm = pytest.importorskip('timm')
   variables = _variables(name, 64, D)
   (tmp_path / 'run').mkdir()
-  config_lib.write(tmp_path / 'run', {'model.name': name}, None)
+  workdir.write(tmp_path / 'run', {'model.name': name}, None)
   monkeypatch.setattr(checkpoint, 'read', lambda folder: variables)
   assert convert.main([f'--workdir={tmp_path}/run', f'--to={tmp_path}/net.pth', '--head']) == 0
   net = timm.create_model(name, num_classes=D).eval()

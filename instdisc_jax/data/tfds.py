@@ -10,7 +10,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import errors
+from instdisc_jax import distributed, errors
 
 
 def load(name, data_dir):
@@ -39,7 +39,8 @@ def load(name, data_dir):
     raise errors.UserError(f"TFDS knows no data set '{name}' ({_first_line(e)}): set "
                            '--config.dataset.name=tfds:NAME') from e
   if not builder.info.splits:
-    prepare(builder)
+    distributed.first_only(lambda: prepare(builder))
+    builder = tfds.builder(name, data_dir=where, file_format='array_record')
   splits = builder.info.splits
   if 'train' not in splits:
     raise errors.UserError(f"tfds:{name} has the splits {sorted(splits)}, must have 'train': set "

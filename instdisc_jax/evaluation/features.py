@@ -4,12 +4,11 @@ import functools
 
 import jax
 from jax import lax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from instdisc_jax import augment, train
+from instdisc_jax import augment, distributed, train
 
 _CHUNK = 256  # images per device and call
 
@@ -43,8 +42,15 @@ def map_over_mesh(encoder, mesh, mean, std):
   return call
 
 
-def make_embed(encoder, mesh, mean, std):
+def make_embed(encoder, mesh, mean, std, between_calls=lambda: None):
   """`map_over_mesh` for any number of pictures, compiled once per shape of the picture array.
+
+  Args:
+    encoder: a Linen module.
+    mesh: the device mesh.
+    mean: per channel, of pictures in [0, 1].
+    std: likewise.
+    between_calls: called after each; what it raises ends the embedding.
 
   Returns:
     embed(state, images [n, H, W, 3] uint8) -> [n, D] unit-norm `np.ndarray`.
@@ -54,9 +60,13 @@ def make_embed(encoder, mesh, mean, std):
   def embed(state, images):
     n = images.shape[0]
     size = min(_CHUNK, -(-n // mesh.size))
-    parts = [call(state.params, state.batch_stats, images, start, size)
-             for start in range(0, n, size * mesh.size)]
-    parts = np.asarray(multihost_utils.process_allgather(parts, tiled=True))
+    parts, running = [], None
+    for start in range(0, n, size * mesh.size):
+      before, running = running, call(state.params, state.batch_stats, images, start, size)
+      if before is not None:  # fetched while the next one computes
+        parts.append(distributed.gather(before))
+      between_calls()
+    parts = np.concatenate([*parts, distributed.gather(running)])
     result = np.empty((n, parts.shape[-1]), parts.dtype)
     for i, part in enumerate(parts.reshape(-1, size, parts.shape[-1])):
       start = min(i * size, n - size)

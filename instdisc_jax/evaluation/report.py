@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 from rich import table as rich_table
 
+from instdisc_jax import distributed, train
 from instdisc_jax import metrics as metrics_lib
-from instdisc_jax import train
 from instdisc_jax.evaluation import features, knn
 
 matplotlib.use('Agg')
@@ -36,9 +36,10 @@ class Evaluator:
     encoder: a Linen module.
     mesh: the device mesh.
     train_images: the training pictures as they lie on the devices.
+    watch: a `preemption.Watch`, asked between the calls of the encoder.
   """
 
-  def __init__(self, config, dataset, encoder, mesh, train_images):
+  def __init__(self, config, dataset, encoder, mesh, train_images, watch):
     self._config, self._dataset, self._mesh = config, dataset, mesh
     self.num_rows, self.num_devices = len(dataset.train_images), mesh.size
     self.own_row = None
@@ -48,9 +49,10 @@ class Evaluator:
       self.own_row = np.arange(self.num_rows, dtype=np.int32)
     self.has_labels = dataset.train_labels is not None and self.query_labels is not None
     self._train_images = train_images
-    self._device_queries = train_images if self.own_row is not None else jax.device_put(
-        self.query_images, NamedSharding(mesh, P()))
-    self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std)
+    self._device_queries = (train_images if self.own_row is not None
+                            else train.on_every_device(self.query_images, mesh))
+    self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std,
+                                      between_calls=watch.check)
     k = min(max(config.knn.neighbors, _SHOWN), self.num_rows - (self.own_row is not None))
     self._nearest = knn.map_over_mesh(mesh, k, self.num_rows, config.knn.recall_target)
     self._exact = knn.map_over_mesh(mesh, k, self.num_rows)
@@ -89,7 +91,8 @@ class Evaluator:
 
   def _shard(self, rows):
     padded = np.pad(rows, ((0, -len(rows) % self._mesh.size), (0, 0)))
-    return jax.device_put(padded, NamedSharding(self._mesh, P(train.AXIS)))
+    return jax.make_array_from_callback(
+        padded.shape, NamedSharding(self._mesh, P(train.AXIS)), lambda part: padded[part])
 
   def _top1(self, similarity, row):
     if not self.has_labels:
@@ -135,10 +138,12 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': fitted.images_per_second,
       'params_digest': _digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
-      'bank_digest': _digest([np.asarray(state.bank)[:evaluator.num_rows]]),
+      'bank_digest': _digest([distributed.gather(state.bank)[:evaluator.num_rows]]),
       'normalizer': float(state.normalizer) or None,
       'wall_seconds': wall_clock(),
   }
+  if jax.process_index() != 0:
+    return summary
   workdir = pathlib.Path(workdir)
   _save_picture(curves(lines, summary, config.batch_size), workdir / 'curves.png')
   _save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')

@@ -1,0 +1,100 @@
+"""SIGTERM and SIGINT as a wish to stop: the run saves and exits with code 75 at the next chance.
+
+    first signal     noted; `poll` and `check` tell the run on every process
+    second signal    the process exits at once, whatever it is doing
+"""
+
+import os
+import signal
+import sys
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from instdisc_jax import errors
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watch:
+  """Notes signals while it is entered; a context manager for the main thread.
+
+  Not entered it never stops anything, but the other processes of the run may.
+
+  Attributes:
+    signal: name of the signal that this process got, or None.
+  """
+
+  def __init__(self):
+    self.signal = None
+
+  def __enter__(self):
+    # A thread reads what the interpreter writes on every signal: it learns of one even while the
+    # main thread waits for a device or a compiler.
+    self._pipe = os.pipe()
+    for end in self._pipe:
+      os.set_blocking(end, end == self._pipe[0])
+    self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+    self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._listen, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    signal.set_wakeup_fd(self._wakeup)
+    for s, handler in self._handlers.items():
+      signal.signal(s, handler)
+    os.close(self._pipe[1])  # ends the thread
+    self._thread.join()
+    os.close(self._pipe[0])
+
+  def _listen(self):
+    while byte := os.read(self._pipe[0], 1):
+      if byte[0] not in _SIGNALS:
+        continue
+      if self.signal is not None:
+        os._exit(128 + byte[0])
+      self.signal = signal.Signals(byte[0]).name
+      print(f'{self.signal}: saving and stopping; a second signal exits at once', file=sys.stderr,
+            flush=True)
+
+  def poll(self, mesh):
+    """Asks all processes, without waiting, whether one of them is to stop.
+
+    Every process must call this at the same places.
+
+    Args:
+      mesh: the device mesh of the run.
+
+    Returns:
+      What is true if one is: a bool, or a scalar that the devices will fill in.
+    """
+    if jax.process_count() == 1:
+      return self.signal is not None
+    flags = NamedSharding(mesh, P(mesh.axis_names))
+    mine = np.full(mesh.size, self.signal is not None)
+    return _any(jax.make_array_from_callback(mine.shape, flags, lambda part: mine[part]))
+
+  def check(self):
+    """Waits for all processes to ask; see `poll`.
+
+    Raises:
+      errors.Stopped: one is to stop.
+    """
+    wanted = self.signal is not None
+    if jax.process_count() > 1:
+      wanted = multihost_utils.process_allgather(np.array(wanted)).any()
+    if wanted:
+      raise errors.Stopped(f'stopped by {self.name()}: run the same command again to go on')
+
+  def name(self):
+    """The signal, in words."""
+    return self.signal or 'a signal to another process'
+
+
+_any = jax.jit(jnp.any)
