@@ -59,11 +59,11 @@ def main():
   parser.add_argument('--side', type=int, default=32)
   parser.add_argument('--rows', type=int, default=50_000)
   parser.add_argument('--loss', default='softmax', choices=train.LOSS_NAMES)
-  parser.add_argument('--steps', type=int, default=0, help='per timing; by default 3 on CPU, 50')
+  parser.add_argument('--steps', type=int, default=0, help='per timing; by default 1 on CPU, 50')
   parser.add_argument('--output')
   args = parser.parse_args()
   config, encoder, optimizer, state, mesh = set_up(args)
-  steps = args.steps or (3 if train.on_cpu(mesh) else 50)
+  steps = args.steps or (1 if train.on_cpu(mesh) else 50)
   per_dispatch = 1 if train.on_cpu(mesh) else steps
   kwargs = dict(config=config, encoder=encoder, optimizer=optimizer, num_rows=args.rows)
 

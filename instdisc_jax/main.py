@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -22,13 +23,13 @@ from instdisc_jax.evaluation import report
 
 def parse(argv):
   """Command line -> (arguments, config); raises `errors.UserError`."""
-  settings = '\n'.join(f'  --config.{key}={value}'
-                       for key, value in config_lib.flatten(config_lib.default()).items())
+  settings = config_lib.flatten(config_lib.default())
+  listed = '\n'.join(f'  --config.{key}={value}' for key, value in settings.items())
   parser = argparse.ArgumentParser(
       prog='python -m instdisc_jax.main', description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       usage='%(prog)s --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]',
-      epilog=f'settings, with their defaults (a config file sets its own):\n{settings}')
+      epilog=f'settings, with their defaults (a config file sets its own):\n{listed}')
   parser.add_argument('--config', metavar='FILE', required=True,
                       help='a Python file with get_config(), e.g. configs/digits.py')
   parser.add_argument('--workdir', metavar='DIR', required=True,
@@ -42,12 +43,17 @@ def parse(argv):
   several.add_argument('--process_id', type=int, metavar='I', help='and the number of this one')
   several.add_argument('--heartbeat_seconds', type=int, metavar='S', default=100,
                        help='one silent for so long has died, and the others end (default: 100)')
-  parser.exit_on_error = False
   parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
   known, overrides = parser.parse_known_args(argv)
   for argument in overrides:
     if not argument.startswith(('--config.', '-config.')):
       raise errors.UserError(f"unknown argument '{argument}': see --help")
+    key = argument.partition('.')[2].partition('=')[0]
+    if key not in settings:
+      close = difflib.get_close_matches(key, settings, 1)
+      raise errors.UserError(f"unknown setting '{key}'"
+                             + (f", perhaps meant as '{close[0]}'" if close else '')
+                             + ': see --help for all settings')
   if not os.path.isfile(known.config):
     raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
   sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
@@ -65,7 +71,7 @@ def parse(argv):
                            f'{errors.one_line(e)}): set --config=configs/NAME.py') from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, "
-                           'must return a ConfigDict: see configs/digits.py')
+                           'must return a ConfigDict: set --config to a file like configs/digits.py')
   return known, config
 
 

@@ -41,14 +41,18 @@ def command(workdir, *settings):
           f'--workdir={workdir}', *(f'--config.{s}' for s in [*_SETTINGS, *settings])]
 
 
-def start(workdir, cache, *settings):
-  """Starts the small demo; what it prints goes to workdir.log."""
-  environment = os.environ | {
+def environment(cache):
+  """Two CPU devices; programs are compiled once for all runs."""
+  return os.environ | {
       'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+
+
+def start(workdir, cache, *settings):
+  """Starts the small demo; what it prints goes to workdir.log."""
   with open(f'{workdir}.log', 'a') as log:
-    return subprocess.Popen(command(workdir, *settings), cwd=ROOT, env=environment, stdout=log,
-                            stderr=log)
+    return subprocess.Popen(command(workdir, *settings), cwd=ROOT, env=environment(cache),
+                            stdout=log, stderr=log)
 
 
 def outcome(workdir):

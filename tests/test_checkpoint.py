@@ -1,3 +1,6 @@
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -5,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from instdisc_jax import checkpoint, train
+from instdisc_jax import checkpoint, errors, train
 
 N, D = 13, 4  # no device count above 1 divides N
 
@@ -52,3 +55,91 @@ def test_the_newest_are_kept(tmp_path):
   checkpoints.close()
   assert checkpoint.Checkpoints(tmp_path, 2, N, mesh).latest_step() == 9
   assert sorted(p.name for p in tmp_path.iterdir()) == ['6', '9']
+
+
+def _flip_a_byte(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+_DAMAGES = {
+    'a byte flipped': (_flip_a_byte, 'was changed'),
+    'cut short': (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'was changed'),
+    'missing': (lambda path: path.unlink(), 'no file'),
+}
+
+
+def _saved(folder, steps):
+  """Checkpoints of these steps, and a state like them."""
+  state, mesh = _state(2, seed=1)
+  checkpoints = checkpoint.Checkpoints(folder, 5, N, mesh)
+  for step in steps:
+    checkpoints.save(state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding)),
+                     [step / 3])
+  checkpoints.close()
+  return checkpoint.Checkpoints(folder, 5, N, mesh), state
+
+
+def test_the_losses_since_the_last_line_come_back(tmp_path):
+  checkpoints, _ = _saved(tmp_path / 'c', (3, 7))
+  assert checkpoints.pending_losses() == [7 / 3]
+
+
+@pytest.mark.parametrize('damage', _DAMAGES)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(tmp_path, capsys, damage):
+  harm, words = _DAMAGES[damage]
+  _saved(tmp_path / 'c', (3, 6, 9))
+  newest = tmp_path / 'c' / '9'
+  files = [path.relative_to(newest) for path in newest.rglob('*') if path.is_file()]
+  files.remove(pathlib.Path('commit_success.txt'))  # says that the folder got its name, as it has
+  assert len(files) >= 8
+  for number, file in enumerate(files):
+    folder = tmp_path / str(number)
+    shutil.copytree(tmp_path / 'c', folder)
+    if file.name == '_CHECKPOINT_METADATA' and damage != 'missing':
+      continue  # Orbax's own dates, which nothing here reads
+    harm(folder / '9' / file)
+    state, mesh = _state(2, seed=1)
+    checkpoints = checkpoint.Checkpoints(folder, 5, N, mesh)
+    checkpoints.set_damaged_aside()
+    message = capsys.readouterr().err
+    assert message.startswith('warning: checkpoint 9 is damaged (') and message.count('\n') == 1
+    assert words in message or file.name == 'manifest.json'
+    assert checkpoints.latest_step() == 6 and int(checkpoints.restore(state).step) == 6
+    assert (tmp_path / f'{number}-damaged' / '9.0').is_dir()
+    checkpoints.save(state.replace(step=jax.device_put(jnp.int32(9), state.step.sharding)))
+    checkpoints.close()
+    assert checkpoint.read(folder)['step'] == 9
+
+
+def test_with_every_checkpoint_damaged_nothing_is_touched(tmp_path):
+  checkpoints, _ = _saved(tmp_path / 'c', (3, 6))
+  for step in (3, 6):
+    (tmp_path / 'c' / str(step) / 'manifest.json').write_text('{}')
+  before = sorted(tmp_path.rglob('*'))
+  for _ in range(2):
+    with pytest.raises(errors.RunError, match='every checkpoint in .* is damaged .6: no readable '
+                                              'manifest.json, 3: .*nothing was changed'):
+      checkpoints.set_damaged_aside()
+  assert sorted(tmp_path.rglob('*')) == before
+  with pytest.raises(errors.UserError, match='no sound checkpoint in'):
+    checkpoint.read(tmp_path / 'c')
+
+
+def test_reading_skips_a_damaged_checkpoint_and_says_so(tmp_path, capsys):
+  _saved(tmp_path / 'c', (3, 6))
+  _flip_a_byte(tmp_path / 'c' / '6' / 'default' / '_METADATA')
+  assert checkpoint.read(tmp_path / 'c')['step'] == 3
+  assert 'warning: checkpoint 6 in' in capsys.readouterr().err
+
+
+def test_what_a_kill_left_of_a_save_is_cleared_away(tmp_path):
+  _saved(tmp_path / 'c', (3,))
+  (tmp_path / 'c' / '6.orbax-checkpoint-tmp' / 'default').mkdir(parents=True)
+  state, mesh = _state(2, seed=1)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 5, N, mesh)
+  assert checkpoints.latest_step() == 3
+  checkpoints.save(state)
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / 'c').iterdir()) == ['3', '7']

@@ -1,5 +1,4 @@
 import json
-import pathlib
 import shutil
 
 import jax
@@ -7,15 +6,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from instdisc_jax import errors, main, metrics, train
+from instdisc_jax import errors, main, metrics, preemption, train
 from tests.conftest import small_config
-
-DIGITS = str(pathlib.Path(__file__).parents[1] / 'configs' / 'digits.py')
-
-
-def _main(capsys, workdir, *overrides, config=DIGITS):
-  code = main.main([f'--config={config}', f'--workdir={workdir}', *overrides])
-  return code, capsys.readouterr().err
 
 
 def test_a_run_leaves_what_was_promised(trained):
@@ -47,16 +39,44 @@ def test_metrics_have_a_line_for_every_epoch(trained):
   assert lines[-1]['knn_top1'] == summary['knn_top1_bank']
 
 
-def test_a_run_resumed_after_1_of_3_epochs_ends_with_the_same_bits(trained, tmp_path):
+class _SignalAt(preemption.Watch):
+  """As if SIGTERM came just before the run asks for the n-th time, here with `check` or `poll`."""
+
+  def __init__(self, checks=None, polls=None):
+    super().__init__()
+    self._left = {'check': checks, 'poll': polls}
+
+  def check(self):
+    self._count('check')
+    super().check()
+
+  def poll(self, mesh):
+    self._count('poll')
+    return super().poll(mesh)
+
+  def _count(self, kind):
+    if self._left[kind] is not None:
+      self._left[kind] -= 1
+      if self._left[kind] == 0:
+        self.signal = 'SIGTERM'
+
+
+def test_a_run_finished_extended_stopped_and_resumed_ends_with_the_same_bits(trained, tmp_path):
   workdir, summary, config = trained
   config = config.copy_and_resolve_references()
+  device = jax.devices()[:1]
   config.epochs = 1
-  first = main.run(config, tmp_path, jax.devices()[:1])
+  first = main.run(config, tmp_path, device)
   assert first['steps'] == 4 and first['params_digest'] != summary['params_digest']
   config.epochs = 3
-  second = main.run(config, tmp_path, jax.devices()[:1])
+  with pytest.raises(errors.Stopped, match='stopped by SIGTERM at step 7 of 12, which is saved: '):
+    main.run(config, tmp_path, device, watch=_SignalAt(polls=2))  # in the middle of an epoch
+  with pytest.raises(errors.Stopped, match='stopped by SIGTERM at step 8 of 12, which is saved: '):
+    main.run(config, tmp_path, device, watch=_SignalAt(checks=2))  # in the evaluation
+  assert 8 not in [line['step'] for line in metrics.read(tmp_path) if 'knn_top1' in line]
+  last = main.run(config, tmp_path, device)
   for key in ('steps', 'final_loss', 'params_digest', 'bank_digest', 'knn_top1', 'knn_top1_bank'):
-    assert second[key] == summary[key], key
+    assert last[key] == summary[key], key
   reported = lambda folder: [{k: v for k, v in line.items() if 'second' not in k}
                              for line in metrics.read(folder)]
   assert reported(tmp_path) == reported(workdir)
@@ -117,83 +137,27 @@ def test_labelled_arrays_without_test_images_leave_out_the_own_row(tmp_path):
   assert summary['num_queries'] == 30
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    trained, tmp_path, monkeypatch):
+def test_a_collapse_is_warned_of_and_a_loss_that_is_not_finite_stops_the_run(
+    trained, tmp_path, monkeypatch, capsys):
   workdir, _, config = trained
   shutil.copytree(workdir, tmp_path / 'run')
   config = config.copy_and_resolve_references()
   config.epochs = 5
   original = train.update
+  config.log_every_steps = 1
   def spoiled(*args, **kwargs):
     state, measured = original(*args, **kwargs)
     bad = state.step > 15
-    return state, measured | {'loss': jax.numpy.where(bad, jax.numpy.nan, measured['loss'])}
+    return state, measured | {'loss': jax.numpy.where(bad, jax.numpy.nan, measured['loss']),
+                              'feature_mean_norm': jax.numpy.float32(0.995)}
   monkeypatch.setattr(train, 'update', spoiled)
   with pytest.raises(errors.RunError, match='loss is nan at step 15, must be finite; the '
                                             'checkpoint of step 15 is kept: try a smaller'):
     main.run(config, tmp_path / 'run', jax.devices()[:1])
   assert max(int(p.name) for p in (tmp_path / 'run' / 'checkpoints').iterdir()) == 15
-
-
-class TestWrongInputs:
-  """Each is one line on stderr, without a traceback, with exit code 2."""
-
-  @pytest.mark.parametrize('overrides, words', [
-      (['--config.loss.temprature=0.1'], ['temprature']),
-      (['--config.loss.temperature=-1'], ['loss.temperature', '-1', 'above 0']),
-      (['--config.batch_size=many'], ['batch_size', 'many']),
-      (['--config.dataset.name=tfds:cifar10', '--config.dataset.data_dir=/nowhere'],
-       ['dataset.data_dir', '/nowhere']),
-      (['--config.dataset.name=arrays:/nowhere.npz'], ['/nowhere.npz', 'dataset.name']),
-      (['--config.knn.neighbors=1298'], ['knn.neighbors', '1298', '1297']),
-      (['--config.batch_size=1304'], ['batch_size', '1304', '1297']),
-      (['--config.batch_size=100'], ['batch_size', '100', '8 devices']),
-      (['--config.model.name=resnet19'], ['model.name', 'resnet19', 'resnet18_cifar']),
-      (['--config.loss.name=triplet'], ['loss.name', 'triplet', 'softmax']),
-      (['--config.dataset.name=mnist'], ['dataset.name', 'mnist', 'arrays:FILE.npz']),
-      (['--config.dataset.limit=9999'], ['dataset.limit', '9999', '1297']),
-      (['--batch=3'], ['--batch=3']),
-  ])
-  def test_settings(self, capsys, tmp_path, overrides, words):
-    code, message = _main(capsys, tmp_path / 'run', *overrides)
-    self._check(code, message, words)
-    assert not (tmp_path / 'run').exists()
-
-  def test_arrays_without_images(self, capsys, tmp_path):
-    np.savez(tmp_path / 'a.npz', pictures=np.zeros((4, 8, 8, 3), np.uint8))
-    name = f'arrays:{tmp_path / "a.npz"}'
-    code, message = _main(capsys, tmp_path / 'run', f'--config.dataset.name={name}')
-    self._check(code, message, ['a.npz', 'pictures', "'images'", 'dataset.name'])
-
-  def test_a_workdir_that_can_t_be_written(self, capsys, tmp_path):
-    (tmp_path / 'file').write_text('')
-    code, message = _main(capsys, tmp_path / 'file' / 'run')
-    self._check(code, message, ['file/run', "can't be written", '--workdir'])
-
-  def test_a_workdir_of_another_config(self, capsys, trained):
-    workdir, _, _ = trained
-    code, message = _main(capsys, workdir)
-    self._check(code, message, [str(workdir), 'was begun with', '--workdir'])
-
-  def test_no_config_file(self, capsys, tmp_path):
-    code, message = _main(capsys, tmp_path, config='configs/none.py')
-    self._check(code, message, ['configs/none.py', '--config'])
-
-  def test_a_config_file_that_is_no_config(self, capsys, tmp_path):
-    for text in ('x = 1', 'def get_config(): return 3', 'def get_config(): oops', 'def ('):
-      (tmp_path / 'c.py').write_text(text)
-      code, message = _main(capsys, tmp_path / 'run', config=tmp_path / 'c.py')
-      self._check(code, message, ['c.py'])
-
-  def test_a_missing_argument(self, capsys):
-    assert main.main(['--config=x.py']) == 2
-    self._check(2, capsys.readouterr().err, ['--workdir'])
-
-  def _check(self, code, message, words):
-    assert code == 2, message
-    assert message.startswith('error: ') and message.count('\n') == 1, message
-    for word in words:
-      assert word in message
+  warning = 'warning: the embeddings of step 13 are nearly all alike: the norm of their mean is 0.9'
+  warned = capsys.readouterr().err
+  assert warning in warned and warned.count('nearly all alike') == 1
 
 
 def test_help_lists_every_setting(capsys):

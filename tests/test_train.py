@@ -3,11 +3,12 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import train
+from instdisc_jax import errors, train
 from instdisc_jax.data import order
 from instdisc_jax.models import resnet
 from tests.conftest import small_config
@@ -295,3 +296,27 @@ def test_the_cosine_rises_falls_and_ends_with_the_run():
   assert (np.diff(rates[:7]) > 0).all() and (np.diff(rates[6:]) < 0).all()
   config.steps = 3  # shorter than the rise
   assert np.isfinite([train.learning_rate_schedule(config, N)(step) for step in range(3)]).all()
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda state: state.replace(bank=state.bank.at[5, 2].set(np.inf)), 'bank row 5 is'),
+    (lambda state: state.replace(params={'w': state.params['w'] * np.nan}), 'params is'),
+    (lambda state: state.replace(normalizer=state.normalizer / 0), 'normalizer is')])
+def test_nothing_that_is_not_finite_is_saved(spoil, words):
+  state = train.TrainState(
+      step=jnp.int32(9), params={'w': jnp.ones((2, 3))}, batch_stats={}, opt_state=(),
+      bank=jnp.ones((8, 4)), normalizer=jnp.float32(1))
+  train._check_finite(state, saved=6)
+  with pytest.raises(errors.RunError, match=f'{words}.* at step 9, .*checkpoint of step 6 is kept'):
+    train._check_finite(spoil(state), saved=6)
+
+
+def test_the_mean_norm_tells_collapsed_features_from_spread_ones():
+  spread = np.eye(8, dtype=np.float32)
+  alike = np.repeat(spread[:1], 8, axis=0)
+  for features, norm in ((spread, 8**-0.5), (alike, 1.0)):
+    assert float(train._mean_norm(jnp.asarray(features), None)) == pytest.approx(norm)
+    mesh = train.make_mesh(jax.devices()[:4])
+    sharded = jax.shard_map(lambda f: train._mean_norm(f, train.AXIS), mesh=mesh,
+                            in_specs=P(train.AXIS), out_specs=P())(features)
+    assert float(sharded) == pytest.approx(norm)

@@ -236,16 +236,16 @@ def _listing():
           if path.is_file() and path.name not in ('config.json', 'lock')}
 
 
+def row(case, code, text):
+  """A line of the table."""
+  left_out = '--config=digits.py', '--workdir=run'
+  command = ' '.join([case.command, *(a for a in case.arguments if a not in left_out)])
+  cells = [case.what, f'`{command}`', str(code), text.strip()]
+  return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
+
+
 def page():
   """docs/errors.md."""
-  rows = []
-  for case in CASES:
-    code, text = answer(case)
-    arguments = ' '.join(a for a in case.arguments if a not in ('--config=digits.py',
-                                                                '--workdir=run'))
-    cell = lambda x: x.strip().replace('|', r'\|')
-    rows.append(f'| {cell(case.what)} | `{case.command}` {f"`{arguments}`" if arguments else ""} '
-                f'| {code} | {cell(text)} |')
   return f'''# Wrong inputs, and what is said to them
 
 Written by `python -m tests.wrong_inputs`, on {_NUM_DEVICES} devices; the tests compare it with
@@ -255,7 +255,7 @@ inputs changes or deletes a file. `--config=digits.py --workdir=run` is left out
 
 | what is wrong | command | exit | message |
 |---|---|---|---|
-''' + '\n'.join(rows) + '\n'
+''' + '\n'.join(row(case, *answer(case)) for case in CASES) + '\n'
 
 
 if __name__ == '__main__':

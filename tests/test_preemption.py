@@ -1,0 +1,67 @@
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from instdisc_jax import errors, preemption, train
+
+_FIRST = '''
+import os, signal, sys, time
+from instdisc_jax import errors, preemption
+def command():
+  with preemption.Watch() as watch:
+    watch.check()
+    os.kill(os.getpid(), signal.{name})
+    while watch.signal is None: time.sleep(0.01)
+    watch.check()
+sys.exit(errors.exit_code(command))
+'''
+
+# The main thread is in C and never gets to run a handler.
+_SECOND = '''
+import hashlib, os, signal, threading, time
+from instdisc_jax import preemption
+with preemption.Watch() as watch:
+  def send():
+    os.kill(os.getpid(), signal.SIGTERM)
+    while watch.signal is None: time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+  threading.Timer(0.2, send).start()
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 2**30)
+'''
+
+
+def _python(code):
+  return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+                        check=False)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+def test_a_signal_is_noted_and_ends_in_exit_code_75(name):
+  done = _python(_FIRST.format(name=name))
+  assert done.returncode == 75
+  assert done.stderr == (f'{name}: saving and stopping; a second signal exits at once\n'
+                         f'stopped by {name}: run the same command again to go on\n')
+
+
+def test_a_second_signal_ends_the_process_whatever_it_is_doing():
+  assert _python(_SECOND).returncode == 128 + signal.SIGINT
+
+
+def test_without_a_signal_nothing_is_to_stop():
+  watch = preemption.Watch()
+  watch.check()
+  assert not watch.poll(train.make_mesh(jax.devices()[:2]))
+  watch.signal = 'SIGTERM'
+  assert watch.poll(train.make_mesh(jax.devices()[:2]))
+  with pytest.raises(errors.Stopped):
+    watch.check()
+
+
+def test_handlers_are_given_back():
+  before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  with preemption.Watch():
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] != before
+  assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
