@@ -1,6 +1,7 @@
 # make demo [SEED=0]   set-up, and the main job on the embedded data set, into runs/demo
 # make test            set-up, and the tests that CI runs
 # make test-all        those and the slow ones
+# make soak            kills the demo at random moments, 20 runs: see docs/reliability.md
 # make lint            ruff
 # make setup           .venv with everything; the others call it
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := .venv/installed-$(VERSION)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all soak lint clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +32,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -n 2 --dist loadfile
+
+soak: setup
+	$(BIN)/python -m tests.soak_kill
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 
 import jax
 from jax.experimental import multihost_utils
@@ -181,6 +182,15 @@ class Checkpoints:
     """By rows where the devices share them evenly, else one copy on each."""
     even = self._num_rows % self._mesh.size == 0
     return NamedSharding(self._mesh, P(train.AXIS) if even else P())
+
+
+def leave_errors_to_orbax():
+  """Keeps TensorStore's threads from printing tracebacks of their own once a save has failed."""
+  def hook(kind, value, traceback):
+    if str(value) != 'Event loop is closed':
+      sys.__excepthook__(kind, value, traceback)
+
+  sys.excepthook = hook
 
 
 def _hashes(folder):

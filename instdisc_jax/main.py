@@ -71,7 +71,7 @@ def parse(argv):
                            f'{errors.one_line(e)}): set --config=configs/NAME.py') from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(f"get_config() of '{known.config}' returns {type(config).__name__}, "
-                           'must return a ConfigDict: set --config to a file like configs/digits.py')
+                           'must return a ConfigDict: set --config=configs/NAME.py')
   return known, config
 
 
@@ -154,6 +154,7 @@ def main(argv=None):
     if jax.config.jax_compilation_cache_dir is None:  # a resumed run compiles nothing anew
       jax.config.update('jax_compilation_cache_dir', os.path.join(args.workdir, 'compiled'))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    checkpoint.leave_errors_to_orbax()
     with preemption.Watch() as watch:
       run(config, pathlib.Path(args.workdir), watch=watch)
 

@@ -31,7 +31,9 @@ fail() {
 }
 
 number() {  # NAME VALUE SMALLEST
-  [[ $2 =~ ^[0-9]+$ ]] && ((10#$2 >= $3)) || fail "$1 is '$2', must be a number from $3 up: set $1=N"
+  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then
+    fail "$1 is '$2', must be a number from $3 up: set $1=N"
+  fi
 }
 
 processes=2 devices=1 heartbeat=100 dry_run=
@@ -63,10 +65,10 @@ port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 settings=()
 ((devices)) && settings=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices")
 logs=$(mktemp -d)
-pids=() stopping=
+pids=()
 
 start() {  # PROCESS ARGUMENTS...
-  local id=$1 output
+  local id=$1
   shift
   local command=(env "${settings[@]}" "$PYTHON" -m instdisc_jax.main "$@"
     "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$id"
@@ -81,36 +83,33 @@ start() {  # PROCESS ARGUMENTS...
   [[ -n $dry_run ]] || pids[id]=$!
 }
 
-trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap 'stopping=1' INT  # the terminal has sent it to all of them
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
+trap : INT  # the terminal has sent it to all of them
 
 for ((id = 0; id < processes; id++)); do
   start "$id" "$@"
 done
 [[ -n $dry_run ]] && exit 0
 
-code=0 left=$processes
-while ((left)); do
-  wait -n -p ended "${pids[@]}"
-  status=$?
-  [[ -n ${ended:-} ]] || continue  # a signal was passed on meanwhile
-  ((left--))
+code=0
+while ((${#pids[@]})); do
+  sleep 0.2
   for id in "${!pids[@]}"; do
-    if [[ ${pids[id]} == "$ended" ]]; then
-      unset "pids[$id]"
-      break
-    fi
+    kill -0 "${pids[id]}" 2>/dev/null && continue
+    wait "${pids[id]}"
+    status=$?
+    unset "pids[$id]"
+    ((status == 0 || code)) && continue
+    code=$status
+    ((status == 75)) && continue  # stopped by a signal, as the others are about to be
+    how="exit code $status"
+    ((status > 128)) && how="signal $((status - 128))"
+    echo "process $id of $processes died first ($how): ending the others" >&2
+    ((id)) && tail -n 5 "$logs/process$id.log" >&2
+    ((${#pids[@]})) || continue
+    { sleep 2; kill -TERM "${pids[@]}"; sleep 5; kill -KILL "${pids[@]}"; } 2>/dev/null &
+    killer=$!
   done
-  ((status == 0 || code)) && continue
-  code=$status
-  ((status == 75)) && continue  # stopped by a signal, as the others are about to be
-  how="exit code $status"
-  ((status > 128)) && how="signal $((status - 128))"
-  echo "process $id of $processes died first ($how): ending the others" >&2
-  ((id)) && tail -n 5 "$logs/process$id.log" >&2
-  [[ -n $stopping ]] || { sleep 2; kill -TERM "${pids[@]}" 2>/dev/null; }
-  { sleep 5; kill -KILL "${pids[@]}"; } 2>/dev/null &
-  killer=$!
 done
 [[ -n ${killer:-} ]] && kill "$killer" 2>/dev/null
 rm -rf "$logs"

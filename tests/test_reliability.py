@@ -23,10 +23,10 @@ LOCAL = soak_kill.ROOT / 'launch' / 'local.sh'
 
 @pytest.fixture(scope='module')
 def left_alone(tmp_path_factory):
-  """(folder with a cache of compiled programs, outcome of the small demo left alone)."""
+  """(workdir, outcome) of the small demo left alone."""
   folder = tmp_path_factory.mktemp('left_alone')
-  assert soak_kill.start(folder / 'run', folder / 'cache').wait() == 0
-  return folder, soak_kill.outcome(folder / 'run')
+  assert soak_kill.start(folder / 'run').wait() == 0
+  return folder / 'run', soak_kill.outcome(folder / 'run')
 
 
 def _wait_for_step(workdir, step, process, seconds=180):
@@ -48,20 +48,20 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(left_alone, tmp_path, name):
-  folder, expected = left_alone
-  process = soak_kill.start(tmp_path / 'run', folder / 'cache')
+  _, expected = left_alone
+  process = soak_kill.start(tmp_path / 'run')
   _wait_for_step(tmp_path / 'run', 17, process)
   process.send_signal(signal.Signals[name])
   assert process.wait(60) == 75
   last = _log(tmp_path / 'run').splitlines()[-1]
   assert last.startswith(f'stopped by {name} at step ') and last.endswith('to go on')
-  assert soak_kill.start(tmp_path / 'run', folder / 'cache').wait() == 0
+  assert soak_kill.start(tmp_path / 'run').wait() == 0
   assert soak_kill.outcome(tmp_path / 'run') == expected
 
 
 def test_a_second_run_in_the_same_folder_names_the_first(left_alone, tmp_path):
-  folder, expected = left_alone
-  first = soak_kill.start(tmp_path / 'run', folder / 'cache')
+  _, expected = left_alone
+  first = soak_kill.start(tmp_path / 'run')
   _wait_for_step(tmp_path / 'run', 2, first)
   second = subprocess.run(soak_kill.command(tmp_path / 'run'), cwd=soak_kill.ROOT, check=False,
                           capture_output=True, text=True)
@@ -71,19 +71,19 @@ def test_a_second_run_in_the_same_folder_names_the_first(left_alone, tmp_path):
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(left_alone, tmp_path):
-  folder, expected = left_alone
-  shutil.copytree(folder / 'run', tmp_path / 'run')
+  workdir, expected = left_alone
+  shutil.copytree(workdir, tmp_path / 'run')
   newest = tmp_path / 'run' / 'checkpoints' / str(soak_kill.END)
   for data in newest.rglob('d/*'):
     data.write_bytes(data.read_bytes()[:-1])
-  assert soak_kill.start(tmp_path / 'run', folder / 'cache').wait() == 0
+  assert soak_kill.start(tmp_path / 'run').wait() == 0
   assert f'warning: checkpoint {soak_kill.END} is damaged' in _log(tmp_path / 'run')
   assert soak_kill.outcome(tmp_path / 'run') == expected
 
 
 @pytest.mark.parametrize('kind', ['a limit on file sizes', 'a full disk'])
 def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, tmp_path, kind):
-  folder, expected = left_alone
+  _, expected = left_alone
   disk, prepare = tmp_path / 'disk', None
   disk.mkdir()
   workdir = disk / 'run'
@@ -96,7 +96,7 @@ def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, t
   try:
     done = subprocess.run(
         soak_kill.command(workdir), cwd=soak_kill.ROOT, check=False, capture_output=True, text=True,
-        env=soak_kill.environment(folder / 'cache'), preexec_fn=prepare)
+        env=soak_kill.environment(), preexec_fn=prepare)
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
@@ -105,7 +105,7 @@ def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, t
       subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
     again = subprocess.run(
         soak_kill.command(workdir), cwd=soak_kill.ROOT, check=False, capture_output=True, text=True,
-        env=soak_kill.environment(folder / 'cache'))
+        env=soak_kill.environment())
     assert again.returncode == 0, again.stderr
     assert soak_kill.outcome(workdir) == expected
   finally:
@@ -147,12 +147,12 @@ def test_a_run_moves_from_8_to_2_to_1_to_4_devices(tmp_path, dtype):
     _assert_close(tmp_path / 'moved', tmp_path / 'straight', dtype)
 
 
-def _local(workdir, cache, processes, devices, dtype='float32', heartbeat=100, steps=20):
+def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20):
   """`launch/local.sh` with the small run on so many processes and devices."""
   settings = _elastic_settings(dtype) | {
       'steps': steps, 'model.width': 2, 'model.embedding_dim': 16, 'knn.neighbors': 5,
       'checkpoint.every_steps': 5, 'loss.noise_count': 64}
-  environment = soak_kill.environment(cache) | {
+  environment = soak_kill.environment() | {
       'PYTHON': sys.executable, 'JAX_ENABLE_X64': str(int(dtype == 'float64'))}
   command = [LOCAL, f'--processes={processes}', f'--devices={devices}', f'--heartbeat={heartbeat}',
              '--', '--config=configs/digits.py', f'--workdir={workdir}',
@@ -164,7 +164,7 @@ def _local(workdir, cache, processes, devices, dtype='float32', heartbeat=100, s
 @pytest.mark.parametrize('dtype', _ELASTIC)
 def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
   for name, processes, devices in (('two', 2, 2), ('one', 1, 4)):
-    process = _local(tmp_path / name, tmp_path / 'cache', processes, devices, dtype)
+    process = _local(tmp_path / name, processes, devices, dtype)
     assert process.wait() == 0, _log(tmp_path / name)
   with jax.enable_x64(dtype == 'float64'):
     _assert_close(tmp_path / 'two', tmp_path / 'one', dtype)
@@ -173,14 +173,14 @@ def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
 
 
 def test_two_processes_stop_on_a_signal_and_one_goes_on(tmp_path):
-  process = _local(tmp_path / 'run', tmp_path / 'cache', 2, 2, steps=400)
+  process = _local(tmp_path / 'run', 2, 2, steps=400)
   _wait_for_step(tmp_path / 'run', 3, process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(120) == 75, _log(tmp_path / 'run')
   assert 'stopped by ' in _log(tmp_path / 'run')
   saved = checkpoint.read(tmp_path / 'run' / 'checkpoints')['step']
   assert saved >= 3
-  again = _local(tmp_path / 'run', tmp_path / 'cache', 1, 2, steps=int(saved) + 3)
+  again = _local(tmp_path / 'run', 1, 2, steps=int(saved) + 3)
   assert again.wait() == 0, _log(tmp_path / 'run')
   steps = [line['step'] for line in metrics.read(tmp_path / 'run')]
   assert steps == list(range(1, int(saved) + 4))
@@ -194,7 +194,7 @@ def _pid(launcher, process_id):
 
 @pytest.mark.parametrize('dies', [0, 1])
 def test_a_process_that_dies_is_named_and_the_others_are_ended(tmp_path, dies):
-  launcher = _local(tmp_path / 'run', tmp_path / 'cache', 2, 1, steps=100_000)
+  launcher = _local(tmp_path / 'run', 2, 1, steps=100_000)
   _wait_for_step(tmp_path / 'run', 3, launcher)
   os.kill(_pid(launcher, dies), signal.SIGKILL)
   assert launcher.wait(60) == 128 + signal.SIGKILL
@@ -210,7 +210,7 @@ def _alive(pid):
 
 @pytest.mark.parametrize('dies', [0, 1])
 def test_the_others_end_by_themselves_within_the_heartbeat(tmp_path, dies):
-  launcher = _local(tmp_path / 'run', tmp_path / 'cache', 2, 1, heartbeat=10, steps=100_000)
+  launcher = _local(tmp_path / 'run', 2, 1, heartbeat=10, steps=100_000)
   _wait_for_step(tmp_path / 'run', 3, launcher)
   pids = [_pid(launcher, i) for i in range(2)]
   launcher.kill()  # nobody is left to end them
