@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -185,7 +186,9 @@ class Checkpoints:
 
 
 def leave_errors_to_orbax():
-  """Keeps TensorStore's threads from printing tracebacks of their own once a save has failed."""
+  """Keeps the threads of a failed save from printing tracebacks: `save` and `close` raise it."""
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+
   def hook(kind, value, traceback):
     if str(value) != 'Event loop is closed':
       sys.__excepthook__(kind, value, traceback)

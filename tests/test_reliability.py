@@ -117,10 +117,14 @@ _ELASTIC = {'float64': (0.03, 1e-8, 1e-7), 'float32': (1e-4, 1e-5, 1e-4)}
 
 
 def _elastic_settings(dtype):
-  """131 images, a prime; 20 steps."""
+  """131 images, a prime; 20 steps.
+
+  NCE in float32 amplifies a difference of 1e-7 to 6e-3 in these steps, even at this learning rate.
+  """
+  loss = 'nce' if dtype == 'float64' else 'softmax'
   return {'dataset.limit': 131, 'model.dtype': dtype, 'bank.dtype': dtype, 'batch_size': 32,
           'model.sync_batch_norm': True, 'optimizer.learning_rate': _ELASTIC[dtype][0],
-          'knn.every_epochs': 0, 'log_every_steps': 1, 'loss.name': 'nce', 'loss.normalizer': 'ema'}
+          'knn.every_epochs': 0, 'log_every_steps': 1, 'loss.name': loss, 'loss.normalizer': 'ema'}
 
 
 def _assert_close(workdir, expected, dtype):
