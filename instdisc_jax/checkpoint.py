@@ -189,11 +189,11 @@ def leave_errors_to_orbax():
   """Keeps the threads of a failed save from printing tracebacks: `save` and `close` raise it."""
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
 
-  def hook(kind, value, traceback):
-    if str(value) != 'Event loop is closed':
-      sys.__excepthook__(kind, value, traceback)
+  def hook(error):
+    if str(error.exc_value) != 'Event loop is closed':
+      sys.__unraisablehook__(error)
 
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 def _hashes(folder):

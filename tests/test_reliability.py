@@ -94,9 +94,10 @@ def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, t
   else:
     prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
   try:
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}  # nothing cut short is shared
     done = subprocess.run(
         soak_kill.command(workdir), cwd=soak_kill.ROOT, check=False, capture_output=True, text=True,
-        env=soak_kill.environment(), preexec_fn=prepare)
+        env=soak_kill.environment() | cache, preexec_fn=prepare)
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
