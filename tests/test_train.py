@@ -28,10 +28,10 @@ def _config(**loss):
 
 
 def _set_up(config, num_devices, step_fn=train.train_step):
-  """(state, run_steps, images) of a two-block ResNet over so many devices."""
+  """(state, run_steps, images) of a one-block ResNet over so many devices."""
   mesh = train.make_mesh(jax.devices()[:num_devices])
   encoder = resnet.ResNet(
-      resnet.BasicBlock, (1, 1), True, embedding_dim=config.model.embedding_dim, width=4,
+      resnet.BasicBlock, (1,), True, embedding_dim=config.model.embedding_dim, width=4,
       dtype=config.model.dtype,
       batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
   optimizer = train.make_optimizer(config, N)
@@ -141,7 +141,7 @@ def test_bank_rows_move_to_the_features_of_their_own_images():
   np.testing.assert_allclose(np.linalg.norm(after[seen], axis=1), 1, rtol=1e-5)
   assert len(after) == 48 and not after[N:].any()  # padded to 8 devices
   # The same picture without augmentation, through the encoder in the same batch, is that row.
-  encoder = resnet.ResNet(resnet.BasicBlock, (1, 1), True, embedding_dim=16, width=4)
+  encoder = resnet.ResNet(resnet.BasicBlock, (1,), True, embedding_dim=16, width=4)
   pictures = (IMAGES[index] / 255 - np.array(config.augment.mean)) / np.array(config.augment.std)
   features, _ = encoder.apply({'params': state.params, 'batch_stats': state.batch_stats},
                               jnp.asarray(pictures, jnp.float32), train=True,
