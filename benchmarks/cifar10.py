@@ -35,7 +35,7 @@ def main():
     workdir = args.workdir or f'{folder}/run'
     given = {'dataset.name': args.data, 'dataset.data_dir': args.data_dir, 'epochs': args.epochs,
              'dataset.limit': args.limit, 'model.dtype': args.dtype, 'model.width': args.width}
-    config, workdir = train_main.parse([
+    _, config = train_main.parse([
         f'--config={common.ROOT / "configs" / RECIPES[args.recipe]}.py', f'--workdir={workdir}',
         *(f'--config.{key}={value}' for key, value in given.items() if value is not None)])
     summary = train_main.run(config, workdir)

@@ -36,10 +36,10 @@ KEPT = ('knn_top1', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss', 'step
 def measure(overrides, epochs, seed):
   """Trains one row of the table; returns the kept part of its summary."""
   with tempfile.TemporaryDirectory() as folder:
-    config, workdir = main.parse([
+    args, config = main.parse([
         f'--config={ROOT / "configs" / "digits.py"}', f'--workdir={folder}/run',
         f'--config.seed={seed}', *([f'--config.epochs={epochs}'] if epochs else []), *overrides])
-    summary = main.run(config, workdir)
+    summary = main.run(config, args.workdir)
   return {key: summary[key] for key in KEPT}
 
 
