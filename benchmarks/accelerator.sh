@@ -17,7 +17,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if [ -n "${SMALL:-}" ]; then
   out=$(mktemp -d)
-  cifar="--width=4 --limit=600 --epochs=2"
+  cifar="--width=4 --limit=600 --epochs=3"
   resnet="--model=resnet18 --width=8 --batch=8 --side=64 --rows=2000"
   step="--width=8 --batch=32 --rows=2000"
   losses="--rows 5000 --batch=32 --noise=256"
