@@ -61,13 +61,7 @@ class Checkpoints:
       errors.RunError: all are damaged; nothing is moved.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    damage = {}
-    if jax.process_index() == 0:
-      for step in steps:
-        fault = _fault(self._folder / str(step))
-        if fault is None:
-          break
-        damage[step] = fault
+    damage = _damage(self._folder, steps) if jax.process_index() == 0 else {}
     if jax.process_count() > 1:
       count = int(multihost_utils.broadcast_one_to_all(np.int32(len(damage))))
       damage = {step: damage.get(step) for step in steps[:count]}
@@ -208,6 +202,17 @@ def _hashes(folder):
   return hashes
 
 
+def _damage(folder, steps):
+  """{step: what is wrong with it} of the checkpoints from the newest to the first sound one."""
+  damage = {}
+  for step in sorted(steps, reverse=True):
+    fault = _fault(folder / str(step))
+    if fault is None:
+      break
+    damage[step] = fault
+  return damage
+
+
 def _fault(folder):
   """What is wrong with a checkpoint, in words, or None."""
   try:
@@ -240,12 +245,10 @@ def read(folder):
   sound = None
   if folder.is_dir():
     manager = ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler())
-    for step in sorted(manager.all_steps(), reverse=True):
-      fault = _fault(folder / str(step))
-      if fault is None:
-        sound = step
-        break
+    damage = _damage(folder, manager.all_steps())
+    for step, fault in damage.items():
       errors.warn(f"checkpoint {step} in '{folder}' is damaged ({fault})")
+    sound = max(set(manager.all_steps()) - damage.keys(), default=None)
   if sound is None:
     raise errors.UserError(f"no sound checkpoint in '{folder}': set --workdir to the folder of a "
                            'run')

@@ -111,15 +111,17 @@ def test_fewer_steps_than_taken_is_an_error(trained):
     main.run(config, workdir, jax.devices()[:1])
 
 
-def test_unlabelled_arrays_train_and_show_neighbours(tmp_path):
-  images = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), dtype=np.uint8)
+def test_unlabelled_arrays_train_on_8_devices_and_show_neighbours(tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (37, 12, 16, 3), dtype=np.uint8)
   np.savez(tmp_path / 'a.npz', images=images)
   config = small_config()
   config.dataset.update(name=f'arrays:{tmp_path / "a.npz"}', limit=None)
+  config.loss.name = 'nce'
   config.steps = 2
-  summary = main.run(config, tmp_path / 'run', jax.devices()[:1])
-  assert summary['num_rows'] == 128 == summary['num_queries']
+  summary = main.run(config, tmp_path / 'run')
+  assert summary['num_devices'] == 8 and summary['num_rows'] == 37
   assert summary['knn_top1'] is summary['knn_top1_pixels'] is summary['knn_top1_untrained'] is None
+  assert summary['normalizer'] > 0
   assert (tmp_path / 'run' / 'neighbors.png').exists()
 
 

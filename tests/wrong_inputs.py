@@ -215,7 +215,7 @@ def answer(case):
     stack.enter_context(contextlib.chdir(folder))
     pathlib.Path('digits.py').write_text((ROOT / 'configs' / 'digits.py').read_text())
     stack.enter_context(case.prepare())
-    before = _listing()
+    before, run_is_new = _listing(), not os.path.lexists('run')
     if case.command == 'launch/local.sh':
       done = subprocess.run([ROOT / case.command, *case.arguments], capture_output=True, text=True,
                             check=False)
@@ -226,6 +226,7 @@ def answer(case):
         code = module.main(case.arguments)
       text = errors.getvalue()
     assert before.items() <= _listing().items(), f'{case.what}: files were changed or deleted'
+    assert not (run_is_new and os.path.lexists('run')), f'{case.what}: a workdir was made'
     text = text.replace(f'{pathlib.Path.cwd()}/', '')
   return code, _FOREIGN.sub('(…): ', text) if case.foreign else text
 
