@@ -1,28 +1,33 @@
 """Augmentation on the device, one random view per image.
 
 The published CIFAR order: random resized crop, colour jitter (brightness, contrast, saturation and
-hue in random order), grayscale, optional flip, normalise. The definitions are torchvision's on PIL
-images, in float arithmetic: values are clipped to [0, 1] after each colour operation as PIL clips
-its bytes, but not rounded to bytes in between.
+hue in random order), grayscale, optional flip, normalise; for ImageNet grayscale comes before the
+jitter. The definitions are torchvision's on PIL images, in float arithmetic: values are clipped to
+[0, 1] after each colour operation as PIL clips its bytes, but not rounded to bytes in between.
+
+Each view takes `DRAWS` random numbers, the crop's first. Where the host crops (`data/stream.py`) it
+draws the same numbers and the device skips the crop.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _CROP_ATTEMPTS = 10  # torchvision's; then the largest central crop of an allowed shape
+DRAWS = 2 * _CROP_ATTEMPTS + 12  # uniform numbers for a view, float32
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's convert('L')
 
 
 def augment(key, images, *, size, crop_scale, crop_ratio, brightness, contrast, saturation, hue,
-            grayscale, flip, mean, std, dtype=jnp.float32):
+            grayscale, grayscale_first, flip, mean, std, dtype=jnp.float32):
   """Draws one view of each image.
 
   Args:
     key: [B] `jax.random` keys, one per image.
     images: [B, H, W, 3] uint8.
-    size: (height, width) of the views.
+    size: (height, width) of the views, or None if `images` are cropped already.
     crop_scale: (least, most) share of the area that a crop covers.
     crop_ratio: (least, most) width over height of a crop.
     brightness: b; the factor is uniform in [max(0, 1 - b), 1 + b]. Likewise the next two.
@@ -30,6 +35,7 @@ def augment(key, images, *, size, crop_scale, crop_ratio, brightness, contrast, 
     saturation: s.
     hue: h in [0, 0.5]; the shift is uniform in [-h, h] turns of the colour circle.
     grayscale: probability of dropping colour.
+    grayscale_first: before the jitter, not after it.
     flip: probability of mirroring left to right.
     mean: per channel, of images in [0, 1].
     std: likewise.
@@ -38,18 +44,24 @@ def augment(key, images, *, size, crop_scale, crop_ratio, brightness, contrast, 
   Returns:
     [B, *size, 3].
   """
-  draw = lambda k: jax.random.uniform(k, (2 * _CROP_ATTEMPTS + 12,), jnp.float32)
+  draw = lambda k: jax.random.uniform(k, (DRAWS,), jnp.float32)
   draws = jax.vmap(draw)(key).astype(dtype)
-  shape, draws = draws[:, :2 * _CROP_ATTEMPTS], draws[:, 2 * _CROP_ATTEMPTS:]
-  box = draw_crop(shape.reshape(-1, _CROP_ATTEMPTS, 2), draws[:, 0:2], *images.shape[1:3],
-                  crop_scale=crop_scale, crop_ratio=crop_ratio)
-  x = crop_and_resize(images, box, size, dtype)
+  if size is None:
+    x = images.astype(dtype) / 255
+  else:
+    box = draw_crop(draws, *images.shape[1:3], crop_scale=crop_scale, crop_ratio=crop_ratio)
+    x = crop_and_resize(images, box, size, dtype)
+  draws = draws[:, 2 * _CROP_ATTEMPTS:]
   spread = jnp.array([brightness, contrast, saturation, hue], dtype)
   centre = jnp.array([1, 1, 1, 0], dtype)
   low = jnp.maximum(centre - spread, jnp.array([0, 0, 0, -0.5], dtype))
   amounts = low + draws[:, 2:6] * (centre + spread - low)
+  drop_colour = lambda x: jnp.where(draws[:, 10, None, None, None] < grayscale, _gray(x), x)
+  if grayscale_first:
+    x = drop_colour(x)
   x = color_jitter(x, amounts, order=jnp.argsort(draws[:, 6:10], axis=1))
-  x = jnp.where(draws[:, 10, None, None, None] < grayscale, _gray(x), x)
+  if not grayscale_first:
+    x = drop_colour(x)
   x = jnp.where(draws[:, 11, None, None, None] < flip, x[:, :, ::-1], x)
   return normalize(x, mean, std)
 
@@ -59,12 +71,12 @@ def normalize(x, mean, std):
   return (x - jnp.array(mean, x.dtype)) / jnp.array(std, x.dtype)
 
 
-def draw_crop(shape_draws, place_draws, height, width, *, crop_scale, crop_ratio):
+def draw_crop(draws, height, width, *, crop_scale, crop_ratio):
   """Boxes of random area, aspect and place, inside the image.
 
   Args:
-    shape_draws: [B, attempts, 2] uniform in [0, 1): area and log aspect of each attempt.
-    place_draws: [B, 2] uniform in [0, 1): vertical and horizontal place.
+    draws: [B, DRAWS] uniform in [0, 1): area and log aspect of each attempt, then the vertical and
+      horizontal place. With a `np.ndarray` the work is NumPy's.
     height: H.
     width: W.
     crop_scale: see `augment`.
@@ -73,24 +85,27 @@ def draw_crop(shape_draws, place_draws, height, width, *, crop_scale, crop_ratio
   Returns:
     [B, 4] int32: top, left, height, width of the first attempt that fits, in pixels.
   """
-  area = height * width * (crop_scale[0] + shape_draws[..., 0] * (crop_scale[1] - crop_scale[0]))
+  xp = np if isinstance(draws, np.ndarray) else jnp
+  shape = draws[:, :2 * _CROP_ATTEMPTS].reshape(-1, _CROP_ATTEMPTS, 2)
+  place = draws[:, 2 * _CROP_ATTEMPTS:2 * _CROP_ATTEMPTS + 2]
+  area = height * width * (crop_scale[0] + shape[..., 0] * (crop_scale[1] - crop_scale[0]))
   log_low, log_high = math.log(crop_ratio[0]), math.log(crop_ratio[1])
-  ratio = jnp.exp(log_low + shape_draws[..., 1] * (log_high - log_low))
-  w = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
-  h = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+  ratio = xp.exp(log_low + shape[..., 1] * (log_high - log_low))
+  w = xp.round(xp.sqrt(area * ratio)).astype(xp.int32)
+  h = xp.round(xp.sqrt(area / ratio)).astype(xp.int32)
   fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-  first = jnp.argmax(fits, axis=1)[:, None]
-  pick = lambda x: jnp.take_along_axis(x, first, axis=1)[:, 0]
+  first = xp.argmax(fits, axis=1)[:, None]
+  pick = lambda x: xp.take_along_axis(x, first, axis=1)[:, 0]
   fallback_w = min(width, round(height * crop_ratio[1]))
   fallback_h = min(height, round(width / crop_ratio[0]))
   any_fits = fits.any(axis=1)
-  w = jnp.where(any_fits, pick(w), fallback_w)
-  h = jnp.where(any_fits, pick(h), fallback_h)
-  room = jnp.stack([height - h, width - w], axis=1)
-  corner = jnp.floor(place_draws * (room + 1)).astype(jnp.int32)
-  central = jnp.round(room / 2).astype(jnp.int32)
-  corner = jnp.where(any_fits[:, None], jnp.minimum(corner, room), central)
-  return jnp.concatenate([corner, h[:, None], w[:, None]], axis=1)
+  w = xp.where(any_fits, pick(w), fallback_w)
+  h = xp.where(any_fits, pick(h), fallback_h)
+  room = xp.stack([height - h, width - w], axis=1)
+  corner = xp.floor(place * (room + 1)).astype(xp.int32)
+  central = xp.round(room / 2).astype(xp.int32)
+  corner = xp.where(any_fits[:, None], xp.minimum(corner, room), central)
+  return xp.concatenate([corner, h[:, None], w[:, None]], axis=1)
 
 
 def crop_and_resize(images, box, size, dtype=jnp.float32):

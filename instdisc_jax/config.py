@@ -25,15 +25,21 @@ def default():
   config.log_every_steps = 100  # within an epoch; its end is logged anyway
 
   config.dataset = config_dict.ConfigDict()
-  config.dataset.name = 'digits'  # digits, tfds:NAME or arrays:FILE.npz
+  config.dataset.name = 'digits'  # digits, tfds:NAME, folder:PATH, arrays:FILE.npz or fake:N
   config.dataset.data_dir = config_dict.placeholder(str)  # of TFDS; None for its own default
   config.dataset.limit = config_dict.placeholder(int)  # a seeded subset of that many images
+  config.dataset.validation = config_dict.placeholder(str)  # a split, a folder, or a share as 0.1
+  config.dataset.on_unreadable = 'error'  # of a folder's files; or skip: leave them out
+  config.dataset.path = 'auto'  # resident on the device, or stream from the host
+  config.dataset.resident_share = 0.25  # of a device's memory, up to which auto is resident
+  config.dataset.workers = config_dict.placeholder(int)  # reading processes; None: CPUs - 2
 
   config.model = config_dict.ConfigDict()
   config.model.name = 'resnet18_cifar'
   config.model.width = 64
   config.model.embedding_dim = 128  # D
   config.model.sync_batch_norm = False
+  config.model.init = config_dict.placeholder(str)  # weights to start from: a file or a workdir
   config.model.dtype = 'float32'  # of the computation; parameters are float32
 
   config.loss = config_dict.ConfigDict()
@@ -61,6 +67,7 @@ def default():
   config.optimizer.milestone_factor = 0.1
 
   config.augment = config_dict.ConfigDict()
+  config.augment.size = config_dict.placeholder(int)  # side of views; None: the images', or 224
   config.augment.crop_scale = (0.2, 1.0)  # share of the area
   config.augment.crop_ratio = (3 / 4, 4 / 3)  # width over height
   config.augment.brightness = 0.4
@@ -68,6 +75,7 @@ def default():
   config.augment.saturation = 0.4
   config.augment.hue = 0.4
   config.augment.grayscale = 0.2  # probability
+  config.augment.grayscale_first = False  # before brightness to hue, as for ImageNet
   config.augment.flip = 0.0  # probability
   config.augment.mean = (0.4914, 0.4822, 0.4465)
   config.augment.std = (0.2023, 0.1994, 0.2010)
@@ -86,6 +94,7 @@ def default():
 
 # Settings that may change between two calls on one workdir: they leave what was trained untouched.
 CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'dataset.data_dir',
+              'dataset.workers', 'dataset.resident_share',
               'knn.neighbors', 'knn.temperature', 'knn.every_epochs', 'knn.recall_target',
               'checkpoint.every_steps', 'checkpoint.keep')
 
@@ -115,6 +124,11 @@ _REQUIRED = {
     'steps_per_dispatch': _at_least(1),
     'log_every_steps': _at_least(1),
     'dataset.limit': _at_least(2),
+    'dataset.on_unreadable': _one_of('error', 'skip'),
+    'dataset.path': _one_of('auto', 'resident', 'stream'),
+    'dataset.resident_share': _within(0, 1),
+    'dataset.workers': _at_least(0),
+    'augment.size': _at_least(8),
     'model.name': _one_of(*models.NAMES),
     'model.width': _at_least(1),
     'model.embedding_dim': _at_least(1),
@@ -178,7 +192,8 @@ def validate(config):
     if found[key] == 'float64' and not jax.config.jax_enable_x64:
       raise errors.UserError(f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment: '
                              f'set that, or --config.{key}=float32')
-  if config.optimizer.schedule == 'cosine' and config.optimizer.warmup_epochs >= config.epochs:
+  if (config.optimizer.schedule == 'cosine' and config.epochs is not None
+      and config.optimizer.warmup_epochs >= config.epochs):
     raise errors.UserError(
         f'optimizer.warmup_epochs is {config.optimizer.warmup_epochs}, must be below the '
         f'{config.epochs} epochs: set --config.optimizer.warmup_epochs')
@@ -188,13 +203,39 @@ def validate(config):
                            'above 0: set --config.loss.normalizer=first_batch')
 
 
-def validate_for_data(config, num_rows, image_shape, num_devices):
-  """Checks what depends on the data set and the machine.
+def fill(config, num_rows):
+  """A copy of `config` with the settings that are None derived from the number of images.
 
   Args:
     config: a valid `ConfigDict`.
     num_rows: N.
-    image_shape: (H, W, 3).
+
+  Returns:
+    The copy: batch_size the largest power of two up to N and 256; epochs such that 40 million
+    images are seen, from 30 to 200; optimizer.learning_rate the published 0.03 for 256 images;
+    milestones at 60 and 80% of the epochs; knn.neighbors √N, at most 200.
+  """
+  config = config.copy_and_resolve_references()
+  if config.batch_size is None:
+    config.batch_size = min(256, 2 ** (num_rows.bit_length() - 1))
+  if config.epochs is None:
+    config.epochs = min(200, max(30, round(40e6 / num_rows)))
+  if config.optimizer.learning_rate is None:
+    config.optimizer.learning_rate = 0.03 * config.batch_size / 256
+  if config.optimizer.milestones is None:
+    config.optimizer.milestones = (round(0.6 * config.epochs), round(0.8 * config.epochs))
+  if config.knn.neighbors is None:
+    config.knn.neighbors = min(200, max(1, math.isqrt(num_rows)))
+  return config
+
+
+def validate_for_data(config, num_rows, view_size, num_devices):
+  """Checks what depends on the data set and the machine.
+
+  Args:
+    config: a valid `ConfigDict`, filled.
+    num_rows: N.
+    view_size: (height, width) of the views.
     num_devices: of the mesh.
 
   Raises:
@@ -203,11 +244,16 @@ def validate_for_data(config, num_rows, image_shape, num_devices):
   if num_rows < 2:
     raise errors.UserError(f'dataset.name is {config.dataset.name} with {num_rows} training image, '
                            'must have at least 2: set --config.dataset.name to a larger set')
-  side = min(image_shape[:2])
+  side = min(view_size)
   if side < models.SMALLEST_SIDE.get(config.model.name, 1):
     raise errors.UserError(
         f'model.name is {config.model.name}, must be one for images of {side} pixels (it needs '
-        f'{models.SMALLEST_SIDE[config.model.name]}): set --config.model.name=resnet18_cifar')
+        f'{models.SMALLEST_SIDE[config.model.name]}): set --config.model.name=resnet18_cifar, or '
+        '--config.augment.size')
+  if config.dataset.path == 'stream' and view_size[0] != view_size[1]:
+    raise errors.UserError(f'augment.size is not set, and the images of {config.dataset.name} have '
+                           f'{view_size[0]} x {view_size[1]} pixels, must be square to be streamed '
+                           'as they are: set --config.augment.size')
   if config.batch_size > num_rows:
     raise errors.UserError(
         f'batch_size is {config.batch_size}, must be at most the {num_rows} training images: '

@@ -325,6 +325,40 @@ def _find_encoder(weights, file):
   return name, backbone, layer if usable else None
 
 
+def _complete(weights, file, embedding_dim):
+  """(model name, width, state dict with a head, whether that is the file's own) of an encoder."""
+  name, backbone, head = _find_encoder(weights, file)
+  has_head = head is not None
+  stem = next(iter(_layout(name, 2, 2)))
+  width = _width(name, len(backbone[stem]))
+  if not has_head:
+    features, embedding_dim = _layout(name, embedding_dim, width)['fc.weight'][1]
+    head = _fresh_head(features, embedding_dim)
+  return name, width, backbone | {f'fc.{leaf}': value for leaf, value in head.items()}, has_head
+
+
+def read_encoder(file, embedding_dim):
+  """The encoder of a file in any layout that is recognised.
+
+  Args:
+    file: a .pth or .safetensors file.
+    embedding_dim: D of the fresh head where the file has none.
+
+  Returns:
+    (model name, width, D, {'params', 'batch_stats'} float32).
+
+  Raises:
+    errors.UserError: the file is not as it must be.
+  """
+  weights = _find_weights(read_file(file), file)
+  name, width, state_dict, _ = _complete(weights, file, embedding_dim)
+  return name, width, len(state_dict['fc.bias']), _as_float32(from_torch(state_dict, name))
+
+
+def _as_float32(tree):
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
 def _fresh_head(features, embedding_dim):
   """Start values of the head, as the encoders draw theirs: U(±1/sqrt(features))."""
   draw = np.random.default_rng(0).uniform
@@ -390,23 +424,15 @@ def import_checkpoint(file, workdir):
                            'another folder')
   saved = read_file(file)
   weights = _find_weights(saved, file)
-  name, backbone, head = _find_encoder(weights, file)
   bank, settings, normalizer = _find_bank(saved, weights, file)
   default = config_lib.default()
-  stem = next(iter(_layout(name, 2, 2)))
-  width = _width(name, len(backbone[stem]))
-  if head is None:
+  name, width, state_dict, has_head = _complete(weights, file, default.model.embedding_dim)
+  head_line = 'from the file'
+  if not has_head:
     bank = None  # it was made by a head that is not here
-    (features, embedding_dim) = _layout(name, default.model.embedding_dim, width)[
-        'fc.weight'][1]
-    head = _fresh_head(features, embedding_dim)
     head_line = 'fresh: the file has none that is one linear layer to an embedding'
-  else:
-    head_line = 'from the file'
-  state_dict = backbone | {f'fc.{leaf}': value for leaf, value in head.items()}
-  as_float32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-  variables = as_float32(from_torch(state_dict, name))
-  embedding_dim = len(head['bias'])
+  variables = _as_float32(from_torch(state_dict, name))
+  embedding_dim = len(state_dict['fc.bias'])
   if bank is not None and (bank.ndim != 2 or bank.shape[1] != embedding_dim or len(bank) < 2):
     raise errors.UserError(f"the bank in '{file}' has shape {bank.shape}, must be (N, "
                            f'{embedding_dim}) as the embedding: set --from to another file')
@@ -425,7 +451,7 @@ def import_checkpoint(file, workdir):
   momentum = _find_momentum(saved, weights) if not cifar else {}
   if momentum:
     momentum = from_torch(state_dict | momentum, name)['params']
-    opt_state = optax.tree.set(opt_state, trace=as_float32(momentum))
+    opt_state = optax.tree.set(opt_state, trace=_as_float32(momentum))
   state = train.TrainState(
       step=jnp.int32(step), **variables, opt_state=opt_state,
       bank=None if bank is None else jnp.asarray(bank, jnp.float32),

@@ -62,6 +62,16 @@ def gather(array):
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def interleave(part, total):
+  """Process p has the elements p, p + P, p + 2P, ... of [total]: all of them, on every process."""
+  num_processes = jax.process_count()
+  if num_processes == 1:
+    return part
+  padded = np.zeros(-(-total // num_processes), part.dtype)
+  padded[:len(part)] = part
+  return multihost_utils.process_allgather(padded).T.reshape(-1)[:total]
+
+
 def leave(code):
   """Ends this process.
 

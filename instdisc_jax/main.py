@@ -14,10 +14,11 @@ from absl import flags
 import jax
 from ml_collections import config_dict, config_flags
 
-from instdisc_jax import checkpoint, data, distributed, errors, models, preemption, train
+from instdisc_jax import checkpoint, data, distributed, errors, models, preemption, start, train
 from instdisc_jax import config as config_lib
 from instdisc_jax import metrics as metrics_lib
 from instdisc_jax import workdir as workdir_lib
+from instdisc_jax.data import folder, resident
 from instdisc_jax.evaluation import report
 
 
@@ -31,7 +32,8 @@ def parse(argv):
       usage='%(prog)s --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]',
       epilog=f'settings, with their defaults (a config file sets its own):\n{listed}')
   parser.add_argument('--config', metavar='FILE', required=True,
-                      help='a Python file with get_config(), e.g. configs/digits.py')
+                      help='a Python file with get_config(), e.g. configs/digits.py; '
+                           'configs/imagenet.py:resnet18 calls get_config("resnet18")')
   parser.add_argument('--workdir', metavar='DIR', required=True,
                       help='where checkpoints, metrics and the summary go')
   several = parser.add_argument_group(
@@ -54,7 +56,7 @@ def parse(argv):
       raise errors.UserError(f"unknown setting '{key}'"
                              + (f", perhaps meant as '{close[0]}'" if close else '')
                              + ': see --help for all settings')
-  if not os.path.isfile(known.config):
+  if not os.path.isfile(known.config.partition(':')[0]):
     raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
   sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
   values = flags.FlagValues()
@@ -94,21 +96,28 @@ def run(config, workdir, devices=None, watch=None):
   """
   started = time.monotonic()
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS report all they do
-  watch = watch or preemption.Watch()
+  watch, workdir = watch or preemption.Watch(), pathlib.Path(workdir)
   config_lib.validate(config)
-  dataset = data.load(config.dataset, config.seed)
-  num_rows, image_shape = len(dataset.train_images), dataset.train_images.shape[1:]
-  mesh = train.make_mesh(devices)
-  config_lib.validate_for_data(config, num_rows, image_shape, mesh.size)
+  dataset = data.load(config.dataset, config.seed, workdir)
+  num_rows, mesh = len(dataset.train), train.make_mesh(devices)
+  config = config_lib.fill(config, num_rows)
+  if config.dataset.path == 'auto':
+    config.dataset.path = _data_path(config, dataset.train, workdir, mesh)
+  weights = None if config.model.init is None else start.read_weights(config)
+  view_size = train.view_size(config, dataset.train.shape)
+  config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
 
   with contextlib.ExitStack() as stack:
-    workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.fingerprint))
+    workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.train.fingerprint))
+    if dataset.listing is not None:
+      distributed.first_only(lambda: folder.keep(
+          dataset.listing, dataset.train.names, workdir))
     encoder = models.create(
         config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
         dtype=config.model.dtype,
         batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
     optimizer = train.make_optimizer(config, num_rows)
-    init = lambda: train.init_state(config, encoder, optimizer, num_rows, image_shape, mesh)
+    init = lambda: train.init_state(config, encoder, optimizer, num_rows, (*view_size, 3), mesh)
     checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(
         workdir / 'checkpoints', config.checkpoint.keep, num_rows, mesh)))
     checkpoints.set_damaged_aside()
@@ -123,22 +132,36 @@ def run(config, workdir, devices=None, watch=None):
       report.show(summary, workdir, progress.console)
       return summary
 
-    state, pending_losses = init(), []
+    feed = stack.enter_context(contextlib.closing(train.make_feed(config, dataset.train, mesh)))
+    evaluator = report.Evaluator(config, dataset, encoder, mesh, feed, watch)
+    begin = lambda: start.with_weights(init(), weights)
+    state, pending_losses = begin(), []
     if saved is not None:
       state, pending_losses = checkpoints.restore(state), checkpoints.pending_losses()
       progress.print(f'resuming {workdir} at step {saved} of {end}')
-    images = train.on_every_device(dataset.train_images, mesh)
-    evaluator = report.Evaluator(config, dataset, encoder, mesh, images, watch)
+    elif config.model.init is not None:
+      state = start.with_rows(state, config.model.init, dataset, evaluator, mesh)
     metrics = stack.enter_context(contextlib.closing(metrics_lib.Metrics(workdir, saved or 0)))
     wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
     state, fitted = train.fit(
-        state, images, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
+        state, feed, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
         mesh=mesh, checkpoints=checkpoints, pending_losses=pending_losses, metrics=metrics,
         progress=progress, watch=watch, evaluate=evaluator.from_bank, wall_clock=wall_clock)
-    summary = report.finish(workdir, state, init(), evaluator, config, dataset, fitted, wall_clock)
+    summary = report.finish(workdir, state, begin(), evaluator, config, dataset, fitted, wall_clock)
     progress.close()
     report.show(summary, workdir, progress.console)
     return summary
+
+
+def _data_path(config, pictures, workdir, mesh):
+  """'resident' or 'stream': as the workdir was begun, or else by what fits on a device."""
+  if (workdir / workdir_lib.CONFIG).exists():
+    begun = workdir_lib.read(workdir)[0].get('dataset.path')
+    if begun is not None:
+      return begun
+  fake = config.dataset.name.startswith('fake:')
+  fits = resident.fits(pictures, config.dataset.resident_share, mesh)
+  return 'resident' if fits and not fake else 'stream'
 
 
 def main(argv=None):

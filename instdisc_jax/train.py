@@ -10,6 +10,7 @@ Random numbers come from (seed, place in the chain of images, image index), neve
 position, so the number of devices changes nothing but the speed (with synchronised batch norm).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,9 +28,10 @@ import optax
 
 from instdisc_jax import augment, errors, losses
 from instdisc_jax import bank as bank_lib
-from instdisc_jax.data import order
+from instdisc_jax.data import resident, stream
 
 AXIS = 'data'
+VIEW_SIDE = 224  # of views where images have different sizes and no size is set
 _ALIKE = 0.99  # norm of the mean embedding from which on an encoder counts as collapsed
 _INIT, _AUGMENT, _NOISE = range(3)  # the run's independent streams of random numbers
 
@@ -69,12 +71,6 @@ def make_mesh(devices=None):
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), (AXIS,), devices=devices,
                        axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def on_every_device(array, mesh):
-  """A NumPy array that all processes have, copied to each device."""
-  return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()),
-                                      lambda part: array[part])
 
 
 def on_cpu(mesh):
@@ -142,6 +138,13 @@ def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
                  compiler_options=options)()
 
 
+def view_size(config, image_shape):
+  """(height, width) of the views: `augment.size`, or that of the images; see `VIEW_SIDE`."""
+  if config.augment.size is not None:
+    return (config.augment.size,) * 2
+  return (VIEW_SIDE,) * 2 if image_shape is None else tuple(image_shape[:2])
+
+
 def state_shardings(mesh, state):
   """`STATE_SPECS` spelt out for every array of `state`, on `mesh`."""
   return jax.tree.map(
@@ -154,7 +157,7 @@ def pad_rows(bank, num_devices):
   return jnp.pad(bank, ((0, -bank.shape[0] % num_devices), (0, 0)))
 
 
-def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=True):
+def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=True, cropped=False):
   """One device's part of a step: augment -> encode -> loss with bank -> update. Pure.
 
   Args:
@@ -165,6 +168,7 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=Tru
     optimizer: an optax transformation.
     num_rows: the true N.
     unroll: whether accumulated parts are written out, not looped over; for CPUs.
+    cropped: whether the images are views already, cropped and resized by the host.
 
   Returns:
     (state, metrics): metrics are scalars over the global batch, see `update`.
@@ -176,8 +180,9 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=Tru
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
   key = jax.vmap(jax.random.fold_in)(
       jax.vmap(jax.random.fold_in, (None, 0))(_stream(config, _AUGMENT), place), index)
-  images = augment.augment(key, batch['image'], size=batch['image'].shape[1:3],
-                           dtype=_wide(config), **config.augment)
+  size = None if cropped else view_size(config, batch['image'].shape[1:])
+  strengths = {name: value for name, value in config.augment.items() if name != 'size'}
+  images = augment.augment(key, batch['image'], size=size, dtype=_wide(config), **strengths)
 
   noise_index, noise_key = None, _stream(config, _NOISE)
   if config.loss.name != 'softmax' and config.loss.shared_noise:
@@ -331,20 +336,23 @@ def _next_normalizer(loss, normalizer, estimate):
   return jnp.full_like(normalizer, float(loss.normalizer))
 
 
-def train_steps(state, images, index, num_steps, *, step_fn):
-  """Several steps in one dispatch, on images that lie on the device.
+def train_steps(state, images, index, num_steps, *, step_fn, resident=True):
+  """Several steps in one dispatch, on images that lie on the device, or one on a batch.
 
   Args:
     state: `TrainState`.
-    images: [N, H, W, 3] uint8, the whole data set.
+    images: [N, H, W, 3] uint8, the whole data set; or, not `resident`, this device's part of the
+      one batch there is then.
     index: [S, B / devices] this device's part of up to S batches.
     num_steps: scalar, how many of them to take, 1..S.
     step_fn: (state, batch) -> (state, metrics).
+    resident: whether the images are the whole data set.
 
   Returns:
     (state, metrics): each metric [S], of which the first `num_steps` are filled.
   """
-  step = lambda state, index: step_fn(state, {'image': images[index], 'index': index})
+  pick = (lambda index: images[index]) if resident else lambda index: images
+  step = lambda state, index: step_fn(state, {'image': pick(index), 'index': index})
   if index.shape[0] == 1:  # no loop: XLA:CPU differentiates convolutions far slower inside one
     state, metrics = step(state, index[0])
     return state, jax.tree.map(lambda x: x[None], metrics)
@@ -359,11 +367,11 @@ def train_steps(state, images, index, num_steps, *, step_fn):
   return lax.fori_loop(0, num_steps, body, (state, history))
 
 
-def map_over_mesh(mesh, step_fn):
+def map_over_mesh(mesh, step_fn, resident=True):
   """`train_steps` over the mesh, compiled once, its state donated."""
   return jax.jit(
-      jax.shard_map(functools.partial(train_steps, step_fn=step_fn), mesh=mesh,
-                    in_specs=(STATE_SPECS, P(), P(None, AXIS), P()),
+      jax.shard_map(functools.partial(train_steps, step_fn=step_fn, resident=resident), mesh=mesh,
+                    in_specs=(STATE_SPECS, P() if resident else P(AXIS), P(None, AXIS), P()),
                     out_specs=(STATE_SPECS, P())),
       donate_argnums=0)
 
@@ -389,7 +397,29 @@ class Fitted:
   images_per_second: float | None = None
 
 
-def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoints, pending_losses,
+def make_feed(config, pictures, mesh):
+  """Where the loop's batches come from: `resident.Resident`, `stream.Stream` or `stream.Fake`.
+
+  Args:
+    config: the run's configuration; `dataset.path` is 'resident' or 'stream'.
+    pictures: `data.Pictures` to train on.
+    mesh: the device mesh.
+  """
+  seed, batch_size = config.seed, config.batch_size
+  if config.dataset.path == 'resident':
+    per_dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else 100)
+    return resident.Resident(pictures, mesh, seed, batch_size, per_dispatch)
+  side, = set(view_size(config, pictures.shape))
+  if config.dataset.name.startswith('fake:'):
+    return stream.Fake(pictures, mesh, seed=seed, batch_size=batch_size, side=side)
+  return stream.Stream(
+      pictures, mesh, seed=seed, crop_seed=(seed, _AUGMENT), batch_size=batch_size,
+      last_step=total_steps(config, len(pictures)), side=side,
+      crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio,
+      workers=stream.workers(config.dataset.workers))
+
+
+def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints, pending_losses,
         metrics, progress, watch, evaluate, wall_clock):
   """Trains from `state.step` to the end of the run.
 
@@ -398,7 +428,7 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
 
   Args:
     state: `TrainState`; donated.
-    images: [N, H, W, 3] uint8 on every device.
+    feed: see `make_feed`.
     config: the run's configuration.
     encoder: a Linen module.
     optimizer: an optax transformation.
@@ -421,9 +451,9 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
   """
   run_steps = map_over_mesh(mesh, functools.partial(
       train_step, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
-      unroll=on_cpu(mesh)))
+      unroll=on_cpu(mesh), cropped=not feed.resident), feed.resident)
   schedule = learning_rate_schedule(config, num_rows)
-  per_dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else 100)
+  per_dispatch = feed.per_dispatch
   batch_size, end = config.batch_size, total_steps(config, num_rows)
   epoch_of = lambda step: step * batch_size // num_rows
   fitted = Fitted()
@@ -447,7 +477,8 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
       line = {name: float(value[-1]) for name, value in history.items()}
       line |= dict(epoch=epoch_of(last_step), loss=float(np.mean(losses_since_line)),
                    step_loss=fitted.final_loss, learning_rate=float(schedule(last_step - 1)),
-                   images_per_second=timer.rate(), wall_seconds=wall_clock())
+                   images_per_second=timer.rate(), input_wait=timer.waiting_share(),
+                   wall_seconds=wall_clock())
       losses_since_line.clear()
       metrics.write(last_step, **line)
       was_alike, alike = alike, line['feature_mean_norm'] > _ALIKE and epoch_of(last_step) > 0
@@ -484,9 +515,9 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
   while step < end:
     count = next(i for i in range(1, per_dispatch + 1)
                  if i == per_dispatch or is_logged(step + i) or is_saved(step + i))
-    state, history = run_steps(
-        state, images, _place_batches(config.seed, step, per_dispatch, batch_size, num_rows, mesh),
-        count)
+    with timer.waiting():
+      images, index = feed.at(step)
+    state, history = run_steps(state, images, index, count)
     step += count
     if running is not None:
       stop = settle(running)  # while this dispatch computes
@@ -511,26 +542,38 @@ def fit(state, images, *, config, encoder, optimizer, num_rows, mesh, checkpoint
 
 
 class _Timer:
-  """Images per second, not counting compilation and pauses."""
+  """Images per second and the share of time spent waiting for them, less compilation and pauses."""
 
   def __init__(self):
     self._mark = None
-    self._images = self._seconds = 0
+    self._images = self._seconds = self._waited = 0
     self._recent = None
+    self._since_line = [0, 0]  # seconds waited, seconds
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Around what waits for the input."""
+    start = time.monotonic()
+    yield
+    if self._mark is not None:
+      self._waited += time.monotonic() - start
 
   def count(self, images):
     """Called when `images` more have been trained on."""
     now = time.monotonic()
     if self._mark is not None:
-      self._recent = images / (now - self._mark)
+      seconds = now - self._mark
+      self._recent = images / seconds
       self._images += images
-      self._seconds += now - self._mark
-    self._mark = now
+      self._seconds += seconds
+      self._since_line[0] += self._waited
+      self._since_line[1] += seconds
+    self._mark, self._waited = now, 0
 
   def restart(self):
     """What happened since the last `count` is not counted."""
     if self._mark is not None:
-      self._mark = time.monotonic()
+      self._mark, self._waited = time.monotonic(), 0
 
   def rate(self):
     return self.mean() if self._recent is None else self._recent
@@ -538,13 +581,10 @@ class _Timer:
   def mean(self):
     return self._images / self._seconds if self._seconds else None
 
-
-def _place_batches(seed, step, num_batches, batch_size, num_rows, mesh):
-  """Indices of the batches from `step` on, [S, B], each device given its part of every batch."""
-  index = np.stack([order.batch_index(seed, step + i, batch_size, num_rows)
-                    for i in range(num_batches)])
-  return jax.make_array_from_callback(index.shape, NamedSharding(mesh, P(None, AXIS)),
-                                      lambda part: index[part])
+  def waiting_share(self):
+    """Of the time since this was asked last; None if none was counted."""
+    (waited, seconds), self._since_line = self._since_line, [0, 0]
+    return waited / seconds if seconds else None
 
 
 def _check_finite(state, saved):

@@ -32,7 +32,7 @@ _VARIANTS = {  # every loss, Z as a constant and as a moving average, the proxim
     'nce ema': ['loss.name=nce', 'loss.normalizer=ema'],
     'sampled softmax': ['loss.name=sampled_softmax'],
 }
-_TIMES = ('wall_seconds', 'images_per_second')
+_TIMES = ('wall_seconds', 'images_per_second', 'input_wait')
 
 
 def command(workdir, *settings):

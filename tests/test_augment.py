@@ -11,8 +11,9 @@ import pytest
 from instdisc_jax import augment
 
 CIFAR = dict(size=(32, 32), crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3), brightness=0.4,
-             contrast=0.4, saturation=0.4, hue=0.4, grayscale=0.2, flip=0.5,
-             mean=(0.49, 0.48, 0.45), std=(0.2, 0.2, 0.2))
+             contrast=0.4, saturation=0.4, hue=0.4, grayscale=0.2,
+             grayscale_first=False, flip=0.5, mean=(0.49, 0.48, 0.45),
+             std=(0.2, 0.2, 0.2))
 OFF = CIFAR | dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0, contrast=0,
                    saturation=0, hue=0, grayscale=0, flip=0, mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -45,10 +46,9 @@ def test_crop_and_resize_equals_pil(box, size):
 
 
 def test_crops_have_the_published_areas_shapes_and_places():
-  random = np.random.default_rng(0)
-  draws = random.random((20_000, 10, 2)), random.random((20_000, 2))
+  draws = np.random.default_rng(0).random((20_000, augment.DRAWS))
   top, left, h, w = np.asarray(augment.draw_crop(
-      *map(jnp.asarray, draws), 32, 32, crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))).T
+      jnp.asarray(draws), 32, 32, crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))).T
   assert min(top.min(), left.min()) == 0
   assert (top + h).max() == 32 and (left + w).max() == 32
   share, ratio = h * w / 32**2, w / h
@@ -62,8 +62,8 @@ def test_crops_have_the_published_areas_shapes_and_places():
 
 
 def test_a_crop_that_never_fits_is_the_largest_central_one():
-  draws = jnp.full((1, 10, 2), 0.999), jnp.zeros((1, 2))
-  box = augment.draw_crop(*draws, 20, 60, crop_scale=(1.0, 1.0), crop_ratio=(3 / 4, 4 / 3))
+  draws = jnp.full((1, augment.DRAWS), 0.999).at[:, 20:].set(0)
+  box = augment.draw_crop(draws, 20, 60, crop_scale=(1.0, 1.0), crop_ratio=(3 / 4, 4 / 3))
   np.testing.assert_array_equal(box[0], [0, 16, 20, 27])  # torchvision: 27 = round(20 · 4/3)
 
 
@@ -130,6 +130,28 @@ def test_grayscale_equals_pil():
   ours = _augment(_keys(4), pictures, **OFF | dict(grayscale=1.0))
   pils = np.stack([np.asarray(Image.fromarray(p).convert('L')) for p in pictures])
   np.testing.assert_allclose(ours * 255, np.repeat(pils[..., None], 3, axis=3), atol=1)
+
+
+def test_imagenet_drops_colour_before_the_jitter_and_cifar_after_it():
+  red = np.zeros((1, 8, 8, 3), np.uint8)
+  red[..., 0] = 200
+  saturated = OFF | dict(grayscale=1.0, brightness=0.9)
+  for first in (True, False):
+    view = _augment(_keys(1), red, **saturated | dict(grayscale_first=first))[0]
+    np.testing.assert_allclose(view[..., 0], view[..., 1], atol=1e-6)  # gray in any order
+  # Hue turns red into other colours of other lightness: only if colour is still there.
+  turned = OFF | dict(grayscale=1.0, hue=0.5)
+  gray = {first: np.asarray(_augment(_keys(16), np.repeat(red, 16, 0), **turned | dict(
+      grayscale_first=first)))[:, 0, 0, 0] for first in (True, False)}
+  np.testing.assert_allclose(gray[True], 0.299 * 200 / 255, atol=1e-3)
+  assert np.ptp(gray[False]) > 0.1
+
+
+def test_views_cropped_by_the_host_get_the_same_colours():
+  pictures = _pictures(8)
+  whole = CIFAR | dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+  np.testing.assert_allclose(_augment(_keys(8), pictures, **whole | dict(size=None)),
+                             _augment(_keys(8), pictures, **whole), atol=1e-5)
 
 
 def test_flip_mirrors_and_normalise_scales():

@@ -110,7 +110,7 @@ def test_search_and_embedding_lower_for_absent_hardware(platform):
                                 sharding=NamedSharding(mesh, P()))
   embed = features.map_over_mesh(encoder, mesh, (0.5,) * 3, (0.25,) * 3)
   exported = export.export(embed, platforms=[platform])(
-      state.params, state.batch_stats, images, np.int32(0), size=4)
+      state.params, state.batch_stats, images, np.int32(0), count=4)
   assert 'stablehlo.convolution' in exported.mlir_module()
 
 

@@ -68,4 +68,4 @@ def test_what_depends_on_data_and_machine(changes, num_rows, num_devices, messag
   config = config_lib.default()
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=message):
-    config_lib.validate_for_data(config, num_rows, (32, 40, 3), num_devices)
+    config_lib.validate_for_data(config, num_rows, (32, 40), num_devices)

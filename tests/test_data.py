@@ -50,11 +50,11 @@ class TestDigits:
 
   def test_real_digits_fill_a_fixed_canvas(self):
     dataset = data.load(_config('digits'), seed=0)
-    assert dataset.train_images.shape == (1297, 32, 32, 3)
-    assert dataset.train_images.dtype == np.uint8
-    assert dataset.test_images.shape == (500, 32, 32, 3)
-    np.testing.assert_array_equal(np.unique(dataset.train_labels), np.arange(10))
-    assert data.load(_config('digits'), seed=1).fingerprint == dataset.fingerprint
+    assert dataset.train.whole().shape == (1297, 32, 32, 3)
+    assert dataset.train.whole().dtype == np.uint8
+    assert dataset.test.whole().shape == (500, 32, 32, 3)
+    np.testing.assert_array_equal(np.unique(dataset.train.labels), np.arange(10))
+    assert data.load(_config('digits'), seed=1).train.fingerprint == dataset.train.fingerprint
 
   def test_no_test_image_comes_from_a_training_original(self):
     from sklearn import datasets
@@ -74,11 +74,11 @@ class TestLimit:
   def test_a_seeded_subset(self):
     whole = data.load(_config('digits'), seed=0)
     few, other = (data.load(_config('digits', limit=50), seed=seed) for seed in (0, 1))
-    assert len(few.train_images) == len(few.train_labels) == 50
-    pictures = {x.tobytes() for x in whole.train_images}
-    assert all(x.tobytes() in pictures for x in few.train_images)
-    assert len({whole.fingerprint, few.fingerprint, other.fingerprint}) == 3
-    assert len(few.test_images) == 500
+    assert len(few.train.whole()) == len(few.train.labels) == 50
+    pictures = {x.tobytes() for x in whole.train.whole()}
+    assert all(x.tobytes() in pictures for x in few.train.whole())
+    assert len({whole.train.fingerprint, few.train.fingerprint, other.train.fingerprint}) == 3
+    assert len(few.test.whole()) == 500
 
   def test_more_than_there_are(self):
     with pytest.raises(errors.UserError, match=r'dataset.limit is 5000.*1297.*set --config'):
@@ -95,20 +95,20 @@ class TestArrays:
 
   def test_images_alone(self, tmp_path):
     dataset = self._load(tmp_path, images=self.images)
-    np.testing.assert_array_equal(dataset.train_images, self.images)
-    assert dataset.train_labels is None and dataset.test_images is None
+    np.testing.assert_array_equal(dataset.train.whole(), self.images)
+    assert dataset.train.labels is None and dataset.test is None
 
   def test_labels_and_test_images(self, tmp_path):
     dataset = self._load(tmp_path, images=self.images, labels=np.arange(6),
                          test_images=self.images[:2], test_labels=np.array([1, 0]))
-    np.testing.assert_array_equal(dataset.train_labels, np.arange(6))
-    np.testing.assert_array_equal(dataset.test_labels, [1, 0])
+    np.testing.assert_array_equal(dataset.train.labels, np.arange(6))
+    np.testing.assert_array_equal(dataset.test.labels, [1, 0])
 
   def test_the_fingerprint_follows_the_pictures(self, tmp_path):
     other = self.images.copy()
     other[0, 0, 0, 0] ^= 1
-    assert (self._load(tmp_path, images=self.images).fingerprint
-            != self._load(tmp_path, images=other).fingerprint)
+    assert (self._load(tmp_path, images=self.images).train.fingerprint
+            != self._load(tmp_path, images=other).train.fingerprint)
 
   @pytest.mark.parametrize('arrays, message', [
       (dict(pictures=images), "must have 'images'"),
@@ -170,14 +170,14 @@ class TestTfds:
     data_dir, tiny = prepared
     dataset = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
     assert 'tensorflow' not in sys.modules
-    assert dataset.class_names == ('cat', 'dog') and len(dataset.test_images) == 2
+    assert dataset.class_names == ('cat', 'dog') and len(dataset.test.whole()) == 2
     pictures = tiny.pictures[:5] if name == 'tiny' else np.repeat(tiny.pictures[:5, ..., :1], 3, 3)
-    read = dataset.train_images, dataset.train_labels
+    read = dataset.train.whole(), dataset.train.labels
     given = {p.tobytes(): i % 2 for i, p in enumerate(pictures)}
     assert {p.tobytes(): label for p, label in zip(*read)} == given
     again = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
-    np.testing.assert_array_equal(again.train_images, dataset.train_images)
-    assert again.fingerprint == dataset.fingerprint
+    np.testing.assert_array_equal(again.train.whole(), dataset.train.whole())
+    assert again.train.fingerprint == dataset.train.fingerprint
 
   def test_a_download_that_fails_names_the_data_dir(self, monkeypatch, tmp_path):
     import tensorflow_datasets as tfds
@@ -199,13 +199,13 @@ class TestTfds:
   @pytest.mark.skipif(not SHARED_TFDS.exists(), reason='no prepared CIFAR-10 beside the project')
   def test_cifar10(self):
     dataset = data.load(_config('tfds:cifar10', data_dir=str(SHARED_TFDS)), seed=0)
-    assert dataset.train_images.shape == (50_000, 32, 32, 3)
-    assert dataset.test_images.shape == (10_000, 32, 32, 3)
-    np.testing.assert_array_equal(np.bincount(dataset.train_labels), 5000)
+    assert dataset.train.whole().shape == (50_000, 32, 32, 3)
+    assert dataset.test.whole().shape == (10_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(dataset.train.labels), 5000)
     assert dataset.class_names[3] == 'cat' and len(dataset.class_names) == 10
 
 
 def test_an_unknown_kind_of_data():
-  for name in ('mnist', 'folder:', 'tfds:', 'arrays:', ''):
-    with pytest.raises(errors.UserError, match='must be digits, tfds:NAME or arrays:FILE.npz'):
+  for name in ('mnist', 'folder:', 'tfds:', 'arrays:', 'fake:x', ''):
+    with pytest.raises(errors.UserError, match='must be digits, tfds:NAME, folder:PATH, arrays:'):
       data.load(_config(name), seed=0)

@@ -9,12 +9,13 @@ import pytest
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import errors, train
-from instdisc_jax.data import order
+from instdisc_jax.data import order, pictures, resident
 from instdisc_jax.models import resnet
 from tests.conftest import small_config
 
 N, B = 45, 16  # no device count divides N
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 12, 12, 3), dtype=np.uint8)
+PICTURES = pictures.Pictures(IMAGES, None, '')
 
 
 def _config(**loss):
@@ -45,8 +46,9 @@ def _run(config, num_devices, num_steps, per_dispatch=1):
   """(losses, grad norms, bank [N, D], state) after so many steps."""
   state, run_steps, mesh = _set_up(config, num_devices)
   history = []
+  feed = resident.Resident(PICTURES, mesh, config.seed, B, per_dispatch)
   for step in range(0, num_steps, per_dispatch):
-    index = train._place_batches(config.seed, step, per_dispatch, B, N, mesh)
+    index = feed.at(step)[1]
     count = min(per_dispatch, num_steps - step)
     state, metrics = run_steps(state, IMAGES, index, count)
     history.append(jax.tree.map(lambda x: np.asarray(x)[:count], metrics))
@@ -118,9 +120,10 @@ def test_the_step_is_traced_once_and_donates_its_state():
   step_fn = chex.assert_max_traces(train.train_step, n=1)
   config = _config()
   state, run_steps, mesh = _set_up(config, 2, step_fn)
+  feed = resident.Resident(PICTURES, mesh, 0, B, 1)
   for step in range(7):  # past the end of two epochs
     old = state
-    state, _ = run_steps(state, IMAGES, train._place_batches(0, step, 1, B, N, mesh), 1)
+    state, _ = run_steps(state, *feed.at(step), 1)
     assert old.bank.is_deleted() and jax.tree.leaves(old.params)[0].is_deleted()
   assert int(state.step) == 7
 
@@ -134,7 +137,7 @@ def test_bank_rows_move_to_the_features_of_their_own_images():
   state, run_steps, mesh = _set_up(config, 8)
   before = np.asarray(state.bank)
   index = order.batch_index(0, 0, B, N)
-  state, _ = run_steps(state, IMAGES, train._place_batches(0, 0, 1, B, N, mesh), 1)
+  state, _ = run_steps(state, *resident.Resident(PICTURES, mesh, 0, B, 1).at(0), 1)
   after = np.asarray(state.bank)
   seen = np.isin(np.arange(len(after)), index)
   np.testing.assert_array_equal(after[~seen], before[~seen])

@@ -4,28 +4,35 @@ TFDS shuffles when it writes, so a picture's position is stable for one prepared
 fingerprint holds the name, version, split and shard lengths.
 """
 
+import dataclasses
 import logging
 import os
+from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from instdisc_jax import distributed, errors
+from instdisc_jax.data import pictures
+
+_KEPT_BYTES = 2**30  # a split no larger is kept in memory, encoded
 
 
-def load(name, data_dir):
-  """Reads the training and held-out splits of a TFDS image classification set.
+def load(name, data_dir, held_out=None):
+  """Opens the training and held-out splits of a TFDS image classification set.
 
   Args:
     name: as TFDS knows it, e.g. 'cifar10'.
     data_dir: where prepared data lies or goes; None for TFDS's own default.
+    held_out: the split to evaluate with; by default 'test', or else 'validation', or none.
 
   Returns:
-    ((train_images, train_labels), (test_images, test_labels), class_names, fingerprint): images
-    uint8 [N, H, W, 3]; the held-out split is 'test' or else 'validation', or None without either.
+    (train, held_out, class_names): `pictures.Pictures`, the held-out ones or None, and names or
+    None.
 
   Raises:
-    errors.UserError: the set is unknown, can't be prepared, or has no pictures of one size.
+    errors.UserError: the set is unknown, can't be prepared, or has no pictures.
   """
   import tensorflow_datasets as tfds  # slow to import, and only needed here
 
@@ -45,12 +52,18 @@ def load(name, data_dir):
   if 'train' not in splits:
     raise errors.UserError(f"tfds:{name} has the splits {sorted(splits)}, must have 'train': set "
                            '--config.dataset.name to a set that has')
-  held_out = next((s for s in ('test', 'validation') if s in splits), None)
+  if held_out is not None and held_out not in splits:
+    raise errors.UserError(f"dataset.validation is '{held_out}', must be one of the splits "
+                           f'{sorted(splits)} of tfds:{name}, or a share as 0.1: set '
+                           '--config.dataset.validation')
+  held_out = held_out or next((s for s in ('test', 'validation') if s in splits), None)
   features = builder.info.features
+  if 'image' not in features or not isinstance(features['image'], tfds.features.Image):
+    raise errors.UserError(f"tfds:{name} has the features {sorted(features)}, must have an "
+                           "'image': set --config.dataset.name to a set that has")
   names = getattr(features['label'], 'names', None) if 'label' in features else None
-  fingerprint = f'{builder.info.full_name} train {list(splits["train"].shard_lengths)}'
-  return (_read(builder, 'train'), _read(builder, held_out) if held_out else (None, None),
-          tuple(names) if names else None, fingerprint)
+  return (_open(builder, 'train'), _open(builder, held_out) if held_out else None,
+          tuple(names) if names else None)
 
 
 def prepare(builder):
@@ -90,25 +103,39 @@ def _encode_with_pil(encode_example):
   return encode
 
 
-def _read(builder, split):
-  """(images [N, H, W, 3] uint8, labels [N] int32 or None) of a whole split, in record order."""
-  source = builder.as_data_source(split=split)
-  first = source[0]
-  if 'image' not in first or first['image'].dtype != np.uint8:
-    raise errors.UserError(f"tfds:{builder.name} has the features {sorted(first)}, must have a "
-                           "uint8 'image': set --config.dataset.name to a set that has")
-  images = np.empty((len(source), *first['image'].shape[:2], 3), np.uint8)
-  labels = np.empty(len(source), np.int32) if 'label' in first else None
-  for i, example in enumerate(source):
-    if example['image'].shape[:2] != images.shape[1:3]:
-      raise errors.UserError(
-          f"tfds:{builder.name} has pictures of sizes {first['image'].shape[:2]} and "
-          f"{example['image'].shape[:2]}, must have one size: set --config.dataset.name to a set "
-          'that has')
-    images[i] = example['image']  # one gray channel spreads over all three
-    if labels is not None:
-      labels[i] = example['label']
-  return images, labels
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """files[i] is the encoded picture of the i-th record, bytes."""
+  source: Any
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, i):
+    return self.source[i]['image']
+
+
+def _open(builder, split):
+  """The `pictures.Pictures` of a split, in record order."""
+  import tensorflow_datasets as tfds
+
+  info, features = builder.info.splits[split], builder.info.features
+  source = builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+  files, labels = Records(source), None
+  with pictures.progress(f'reading {split}') as progress:
+    if info.num_bytes <= _KEPT_BYTES:
+      records = list(progress.track(source, len(source)))
+      files = [record['image'] for record in records]
+      if 'label' in features:
+        labels = np.array([record['label'] for record in records], np.int32)
+    elif 'label' in features:  # reads every record, so each process does its part
+      mine = range(jax.process_index(), len(source), jax.process_count())
+      labels = distributed.interleave(
+          np.array([source[i]['label'] for i in progress.track(mine)], np.int32), len(source))
+  shape = features['image'].shape
+  return pictures.Pictures(
+      files, labels, f'{builder.info.full_name} {split} {list(info.shard_lengths)}',
+      shape=None if None in shape[:2] else (*shape[:2], 3))
 
 
 def _first_line(error):

@@ -9,11 +9,13 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from instdisc_jax import augment, distributed, train
+from instdisc_jax.data import decode, stream
 
-_CHUNK = 256  # images per device and call
+_CHUNK = 256  # most images per device and call,
+_CHUNK_PIXELS = 2**22  # and most pixels
 
 
-def map_over_mesh(encoder, mesh, mean, std):
+def map_over_mesh(encoder, mesh, mean, std, size=None, resident=True):
   """The encoder over the mesh, jitted.
 
   Args:
@@ -21,28 +23,41 @@ def map_over_mesh(encoder, mesh, mean, std):
     mesh: the device mesh.
     mean: per channel, of pictures in [0, 1].
     std: likewise.
+    size: (height, width) of the views; pictures of another size are cut, see `decode.centre_box`.
+      None: as they are.
+    resident: whether the pictures lie on every device; else each device has its part of them.
 
   Returns:
-    call(params, batch_stats, images [n, H, W, 3] uint8, start, size) -> [devices · size, D], the
-    embeddings of `size` pictures per device from `start` on; parts that would reach past the end
-    are moved back.
+    call(params, batch_stats, images [n, H, W, 3] uint8, start, count) -> [devices · count, D], the
+    embeddings of `count` pictures per device from `start` on; parts that would reach past the end
+    are moved back. Not `resident`, `start` is 0 and there are devices · count pictures.
   """
-  def device_part(params, batch_stats, images, start, size):
-    start = start + lax.axis_index(train.AXIS) * size
-    part = lax.dynamic_slice_in_dim(images, start, size)
-    part = augment.normalize(part.astype(jnp.float32) / 255, mean, std)
-    return encoder.apply({'params': params, 'batch_stats': batch_stats}, part, train=False)
+  def encode(params, batch_stats, part):
+    if size is None or part.shape[1:3] == tuple(size):
+      x = part.astype(jnp.float32) / 255
+    else:
+      box = decode.centre_box(*part.shape[1:3], size[0])
+      x = augment.crop_and_resize(part, jnp.tile(jnp.array(box), (len(part), 1)), size)
+    return encoder.apply({'params': params, 'batch_stats': batch_stats},
+                         augment.normalize(x, mean, std), train=False)
 
-  @functools.partial(jax.jit, static_argnames='size')
-  def call(params, batch_stats, images, start, size):
-    return jax.shard_map(functools.partial(device_part, size=size), mesh=mesh,
-                         in_specs=(P(), P(), P(), P()), out_specs=P(train.AXIS))(
+  def device_part(params, batch_stats, images, start, count):
+    if resident:
+      start = start + lax.axis_index(train.AXIS) * count
+      images = lax.dynamic_slice_in_dim(images, start, count)
+    return encode(params, batch_stats, images)
+
+  @functools.partial(jax.jit, static_argnames='count')
+  def call(params, batch_stats, images, start, count):
+    images_spec = P() if resident else P(train.AXIS)
+    return jax.shard_map(functools.partial(device_part, count=count), mesh=mesh,
+                         in_specs=(P(), P(), images_spec, P()), out_specs=P(train.AXIS))(
                              params, batch_stats, images, start)
 
   return call
 
 
-def make_embed(encoder, mesh, mean, std, between_calls=lambda: None):
+def make_embed(encoder, mesh, mean, std, size=None, between_calls=lambda: None):
   """`map_over_mesh` for any number of pictures, compiled once per shape of the picture array.
 
   Args:
@@ -50,27 +65,38 @@ def make_embed(encoder, mesh, mean, std, between_calls=lambda: None):
     mesh: the device mesh.
     mean: per channel, of pictures in [0, 1].
     std: likewise.
+    size: (height, width) of the views, or None.
     between_calls: called after each; what it raises ends the embedding.
 
   Returns:
-    embed(state, images [n, H, W, 3] uint8) -> [n, D] unit-norm `np.ndarray`.
+    embed(state, images) -> [n, D] unit-norm `np.ndarray`; images is [n, H, W, 3] uint8 on every
+    device, or `stream.Views`.
   """
-  call = map_over_mesh(encoder, mesh, mean, std)
+  calls = {resident: map_over_mesh(encoder, mesh, mean, std, size, resident)
+           for resident in (True, False)}
 
   def embed(state, images):
-    n = images.shape[0]
-    size = min(_CHUNK, -(-n // mesh.size))
+    n = len(images)
+    streamed = isinstance(images, stream.Views)
+    pixels = images.side**2 if streamed else images.shape[1] * images.shape[2]
+    count = max(1, min(_CHUNK, _CHUNK_PIXELS // pixels, -(-n // mesh.size)))
+    starts = range(0, n, count * mesh.size)
+    inputs = ((chunk, 0) for chunk in images.chunks(count)) if streamed else (
+        (images, start) for start in starts)
     parts, running = [], None
-    for start in range(0, n, size * mesh.size):
-      before, running = running, call(state.params, state.batch_stats, images, start, size)
+    for chunk, start in inputs:
+      before, running = running, calls[not streamed](state.params, state.batch_stats, chunk, start,
+                                                     count)
       if before is not None:  # fetched while the next one computes
         parts.append(distributed.gather(before))
       between_calls()
     parts = np.concatenate([*parts, distributed.gather(running)])
+    if streamed:
+      return parts[:n]
     result = np.empty((n, parts.shape[-1]), parts.dtype)
-    for i, part in enumerate(parts.reshape(-1, size, parts.shape[-1])):
-      start = min(i * size, n - size)
-      result[start:start + size] = part
+    for i, part in enumerate(parts.reshape(-1, count, parts.shape[-1])):
+      start = min(i * count, n - count)
+      result[start:start + count] = part
     return result
 
   return embed

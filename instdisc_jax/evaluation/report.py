@@ -14,6 +14,7 @@ from rich import table as rich_table
 
 from instdisc_jax import distributed, train
 from instdisc_jax import metrics as metrics_lib
+from instdisc_jax.data import decode, resident, stream
 from instdisc_jax.evaluation import features, knn
 
 matplotlib.use('Agg')
@@ -22,6 +23,8 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backe
 SUMMARY = 'summary.json'
 _PICTURED = 12  # queries in neighbors.png
 _SHOWN = 8  # neighbours of each
+_PIXEL_SIDE, _PIXEL_CHUNK = 32, 256  # of streamed pictures, for the kNN of raw pixels
+_MOST_PIXEL_ROWS = 200_000  # which takes 12 KiB for each
 
 
 class Evaluator:
@@ -35,52 +38,91 @@ class Evaluator:
     dataset: a `data.Dataset`.
     encoder: a Linen module.
     mesh: the device mesh.
-    train_images: the training pictures as they lie on the devices.
+    feed: see `train.make_feed`.
     watch: a `preemption.Watch`, asked between the calls of the encoder.
   """
 
-  def __init__(self, config, dataset, encoder, mesh, train_images, watch):
-    self._config, self._dataset, self._mesh = config, dataset, mesh
-    self.num_rows, self.num_devices = len(dataset.train_images), mesh.size
-    self.own_row = None
-    self.query_images, self.query_labels = dataset.test_images, dataset.test_labels
-    if dataset.test_images is None:
-      self.query_images, self.query_labels = dataset.train_images, dataset.train_labels
+  def __init__(self, config, dataset, encoder, mesh, feed, watch):
+    self._config, self._train, self._mesh = config, dataset.train, mesh
+    self.num_rows, self.num_devices = len(dataset.train), mesh.size
+    self.own_row, self.queries = None, dataset.test
+    if dataset.test is None:
+      self.queries = dataset.train
       self.own_row = np.arange(self.num_rows, dtype=np.int32)
-    self.has_labels = dataset.train_labels is not None and self.query_labels is not None
-    self._train_images = train_images
-    self._device_queries = (train_images if self.own_row is not None
-                            else train.on_every_device(self.query_images, mesh))
-    self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std,
+    self.has_labels = dataset.train.labels is not None and self.queries.labels is not None
+    size = train.view_size(config, dataset.train.shape)
+    self._side, self._watch = size[0], watch
+    self._workers = stream.workers(config.dataset.workers)
+    on_device = lambda pictures: resident.on_every_device(pictures.whole(), mesh)
+    if feed.resident:
+      self._train_images = feed.images
+      self._query_images = feed.images if self.own_row is not None else on_device(self.queries)
+    else:
+      self._train_images = stream.Views(dataset.train, mesh, self._side, self._workers)
+      self._query_images = stream.Views(self.queries, mesh, self._side, self._workers)
+    self._embed = features.make_embed(encoder, mesh, config.augment.mean, config.augment.std, size,
                                       between_calls=watch.check)
     k = min(max(config.knn.neighbors, _SHOWN), self.num_rows - (self.own_row is not None))
     self._nearest = knn.map_over_mesh(mesh, k, self.num_rows, config.knn.recall_target)
     self._exact = knn.map_over_mesh(mesh, k, self.num_rows)
 
+  def embed(self, state, pictures):
+    """Embeddings [n, D] of any pictures of the kind that the run trains on."""
+    if not len(pictures):
+      return np.zeros((0, state.bank.shape[1]), np.float32)
+    images = (resident.on_every_device(pictures.whole(), self._mesh) if self._in_memory()
+              else stream.Views(pictures, self._mesh, self._side, self._workers))
+    return self._embed(state, images)
+
   def from_bank(self, state):
     """kNN top-1 of the queries against the bank as it stands, or None without labels."""
     if not self.has_labels:
       return None
-    return self._top1(*self._search(self._embed(state, self._device_queries), state.bank))
+    return self._top1(*self._search(self._embed(state, self._query_images), state.bank))
 
   def recomputed(self, state):
     """Neighbours against fresh features of all training pictures: (top-1 or None, rows [Q, K])."""
-    found = self._search(self._embed(state, self._device_queries),
-                         self._shard(self._embed(state, self._train_images)))
+    rows = self._embed(state, self._train_images)
+    queries = rows if self.own_row is not None else self._embed(state, self._query_images)
+    found = self._search(queries, self._shard(rows))
     return self._top1(*found), found[1]
 
   def pixels(self):
-    """kNN top-1 with mean-centred raw pixels in the place of features."""
-    flat = self._dataset.train_images.reshape(self.num_rows, -1).astype(np.float32)
+    """kNN top-1 with mean-centred raw pixels in the place of features; None without labels.
+
+    Of streamed pictures these are the pixels of views of 32 x 32; None for very many of them.
+    """
+    if not self.has_labels or (not self._in_memory() and self.num_rows > _MOST_PIXEL_ROWS):
+      return None
+    flat = self._pixels(self._train)
     mean = flat.mean(axis=0)
-    queries = self.query_images.reshape(len(self.query_images), -1) - mean
-    return self._top1(*self._search(_unit(queries), self._shard(_unit(flat - mean))))
+    queries = flat if self.own_row is not None else self._pixels(self.queries)
+    return self._top1(*self._search(_unit(queries - mean), self._shard(_unit(flat - mean))))
+
+  def picture(self, pictures, i):
+    """[H, W, 3] uint8 of a picture, to look at."""
+    return decode.decode(pictures.files[i]) if self._in_memory() else pictures.centre(i, self._side)
+
+  def _in_memory(self):
+    return not isinstance(self._train_images, stream.Views)
+
+  def _pixels(self, pictures):
+    if self._in_memory():
+      pixels = pictures.whole()
+    else:
+      views = stream.Views(pictures, self._mesh, _PIXEL_SIDE, self._workers)
+      chunks = []
+      for chunk in views.chunks(_PIXEL_CHUNK):
+        chunks.append(distributed.gather(chunk))
+        self._watch.check()
+      pixels = np.concatenate(chunks)[:len(pictures)]
+    return pixels.reshape(len(pictures), -1).astype(np.float32)
 
   def recall(self, state):
     """Share of the exact neighbours that the approximate search finds; None where none is used."""
     if self._config.knn.recall_target is None:
       return None
-    queries = self._embed(state, self._device_queries)
+    queries = self._embed(state, self._query_images)
     found, exact = (self._search(queries, state.bank, search)[1]
                     for search in (self._nearest, self._exact))
     return knn.recall(found, exact)
@@ -98,7 +140,7 @@ class Evaluator:
     if not self.has_labels:
       return None
     k = self._config.knn.neighbors
-    return knn.top1(similarity[:, :k], row[:, :k], self._dataset.train_labels, self.query_labels,
+    return knn.top1(similarity[:, :k], row[:, :k], self._train.labels, self.queries.labels,
                     self._config.knn.temperature)
 
 
@@ -124,7 +166,7 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
   summary = {
       'dataset': dataset.name,
       'num_rows': evaluator.num_rows,
-      'num_queries': len(evaluator.query_images),
+      'num_queries': len(evaluator.queries),
       'num_devices': evaluator.num_devices,
       'steps': int(state.step),
       'final_loss': steps[-1] if steps else None,  # weights from elsewhere, no step taken
@@ -166,11 +208,13 @@ def show(summary, workdir, console):
                      ('trained encoder, against bank rows', 'knn_top1_bank')):
     value = summary[key]
     table.add_row(title, '–' if value is None else f'{value:.3f}')
-  console.print(table)
+  if summary['knn_top1'] is not None:
+    console.print(table)
   if summary['knn_recall'] is not None:
     console.print(f'approximate search: recall {summary["knn_recall"]:.4f}', markup=False)
   if summary['knn_top1'] is None:
-    console.print('no kNN accuracy: the data set has no labels', markup=False)
+    console.print('no kNN accuracy: the pictures have no labels to compare; neighbors.png shows '
+                  'who is near whom', markup=False)
   speed = summary['images_per_second']
   loss = summary['final_loss']
   console.print(f'{summary["steps"]} steps' + ('' if loss is None else f', final loss {loss:.3f}')
@@ -218,10 +262,11 @@ def neighbors(evaluator, dataset, row):
   figure, grid = plt.subplots(len(queries), shown + 1, squeeze=False, layout='constrained',
                               figsize=(0.85 * (shown + 1), 0.95 * len(queries)))
   for line, query in zip(grid, queries):
-    pictures = [evaluator.query_images[query], *dataset.train_images[row[query, :shown]]]
+    pictures = [evaluator.picture(evaluator.queries, query),
+                *(evaluator.picture(dataset.train, i) for i in row[query, :shown])]
     labels = [None] * len(pictures)
     if evaluator.has_labels:
-      labels = [evaluator.query_labels[query], *dataset.train_labels[row[query, :shown]]]
+      labels = [evaluator.queries.labels[query], *dataset.train.labels[row[query, :shown]]]
     for i, (axes, picture, label) in enumerate(zip(line, pictures, labels)):
       axes.imshow(picture, interpolation='nearest')
       axes.set(xticks=[], yticks=[])

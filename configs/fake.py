@@ -1,0 +1,25 @@
+"""Noise made on the devices, at ImageNet's size: what a step costs when the input costs nothing.
+
+    python -m instdisc_jax.main --config=configs/fake.py --workdir=runs/fake
+
+`--config.dataset.name=fake:N` sets the number of images, i.e. of rows of the bank. Cost: 100 steps
+of 256 images, then the embeddings of N for the evaluation, which reads noise from the host. The
+images have no labels, so there is no accuracy.
+"""
+
+from instdisc_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.dataset.name = 'fake:2000'
+  config.model.name = 'resnet50'
+  config.model.dtype = 'bfloat16'
+  config.loss.name = 'softmax'
+  config.loss.temperature = 0.07
+  config.batch_size = 256
+  config.steps = 100
+  config.log_every_steps = 10
+  config.augment.update(size=224, grayscale_first=True, flip=0.5, mean=(0.5, 0.5, 0.5),
+                        std=(0.3, 0.3, 0.3))
+  return config

@@ -1,0 +1,39 @@
+"""Your own pictures: a folder of 200 to 1,000,000 files, with or without classes.
+
+    python -m instdisc_jax.main --config=configs/folder.py --workdir=runs/mine \\
+        --config.dataset.name=folder:PATH
+
+Settings that are None are derived from the number N of pictures (`config.fill`), and any of them
+can be given: the batch is the largest power of two up to 256 and N; the epochs such that 40 million
+pictures are seen, from 30 to 200; the learning rate 0.03 for a batch of 256; K = √N, at most 200.
+Few folders are large enough to learn from nothing: `--config.model.init=FILE` starts from weights
+in any layout that `instdisc_jax.convert` reads, `--config.model.init=WORKDIR` from an earlier run,
+e.g. before pictures were added.
+
+Cost: meant for a GPU; a CPU trains a few dozen pictures a second at 224 pixels with this ResNet-18
+(`--config.augment.size=64` is 12 times cheaper). Its result depends on the pictures.
+"""
+
+from ml_collections import config_dict
+
+from instdisc_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.dataset.name = 'folder:PATH'
+  config.model.name = 'resnet18'
+  config.loss.name = 'softmax'
+  config.loss.temperature = 0.07
+  config.augment.update(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
+                        std=(0.229, 0.224, 0.225))
+  config.optimizer.weight_decay = 1e-4
+  config.knn.temperature = 0.07
+  config.knn.every_epochs = 10
+  config.checkpoint.every_steps = 500
+  for part, key in ((config, 'batch_size'), (config, 'epochs'), (config.knn, 'neighbors'),
+                    (config.optimizer, 'learning_rate'), (config.optimizer, 'milestones')):
+    kind = type(part[key])
+    del part[key]
+    part[key] = config_dict.placeholder(kind)
+  return config

@@ -1,0 +1,185 @@
+"""One picture from the bytes of its file to the view that a step needs, on the host.
+
+JPEGs go through libjpeg-turbo (simplejpeg) and are decoded at 1/2, 1/4 or 1/8 of their size where
+the view is that much smaller; everything else, and what that decoder refuses, goes through PIL.
+Views are resized as PIL does it, bilinear with antialiasing, to within the error that
+`benchmarks/input_pipeline.py` prints.
+
+What becomes of unusual files: gray, palette and CMYK pictures become RGB; transparent parts become
+white; of 16 bits the upper 8 are kept; EXIF rotation is applied; of an animation the first picture
+is taken. Truncated files, files that are no pictures, floating-point pictures and pictures of more
+than 89 million pixels are refused.
+"""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image
+import simplejpeg
+
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # PIL's own limit, beyond which it only warns
+_ORIENTATION = 0x0112  # EXIF
+# What turns the stored picture upright.
+_UPRIGHT = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 3),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # refused, see above
+
+
+class UnreadableError(Exception):
+  """A file that gives no picture; the message says why."""
+
+
+def decode(data):
+  """A whole picture.
+
+  Args:
+    data: the bytes of its file, or the picture itself as an array.
+
+  Returns:
+    [H, W, 3] uint8.
+
+  Raises:
+    UnreadableError: it can't be decoded, or is refused.
+  """
+  if isinstance(data, np.ndarray):
+    return data
+  image, _, turn = _open(data)
+  return np.ascontiguousarray(turn(_pixels(image, data, 1)))
+
+
+def size(data):
+  """(H, W) of a picture, from the head of its file; raises `UnreadableError`."""
+  return data.shape[:2] if isinstance(data, np.ndarray) else _open(data)[1]
+
+
+def view(data, draw_box, side):
+  """A part of a picture, resized, decoding no more than is needed.
+
+  Args:
+    data: the bytes of its file, or the picture itself as an array.
+    draw_box: (H, W) -> (top, left, height, width), in pixels.
+    side: of the view.
+
+  Returns:
+    [side, side, 3] uint8.
+
+  Raises:
+    UnreadableError: it can't be decoded, or is refused.
+  """
+  if isinstance(data, np.ndarray):
+    return _cut(data, draw_box(*data.shape[:2]), side)
+  image, (height, width), turn = _open(data)
+  box = draw_box(height, width)
+  shrink = 1
+  while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
+    shrink *= 2
+  pixels = turn(_pixels(image, data, shrink))
+  shrunk = round(height / pixels.shape[0])  # not every format can be
+  if shrunk > 1:
+    box = tuple(x / shrunk for x in box)  # with fractions; the last pixels may lie half outside
+  return _cut(pixels, box, side)
+
+
+def centre_box(height, width, side):
+  """The part that stands for a picture in evaluation: (top, left, height, width).
+
+  The central square of 7/8 of the shorter side (as of 256 pixels 224 are taken); a picture of the
+  view's own size is taken whole.
+  """
+  if height == width == side:
+    return 0, 0, side, side
+  edge = max(1, round(min(height, width) * 7 / 8))
+  return (height - edge) // 2, (width - edge) // 2, edge, edge
+
+
+def _open(data):
+  """(PIL image, not yet decoded; its upright (H, W); what turns its pixels upright)."""
+  try:
+    image = Image.open(io.BytesIO(data))
+  except Image.DecompressionBombError as e:
+    raise UnreadableError(f'{e}'.split(',')[0]) from None
+  except Exception as e:  # PIL's plugins raise whatever comes up in a broken file
+    reason = 'is empty' if not data else f'is no picture ({type(e).__name__})'
+    raise UnreadableError(reason) from None
+  width, height = image.size
+  if height * width > MOST_PIXELS:
+    raise UnreadableError(f'has {height} x {width} pixels, more than {MOST_PIXELS:,}')
+  orientation = 1
+  if image.format != 'PNG' or 'exif' in image.info:  # else PIL would decode the picture to look
+    try:
+      orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of a broken EXIF part, which says nothing about the picture
+      pass
+  if orientation in (5, 6, 7, 8):
+    height, width = width, height
+  return image, (height, width), _UPRIGHT.get(orientation, lambda x: x)
+
+
+def _pixels(image, data, shrink):
+  """The stored pixels as [H, W, 3] uint8, 1 / `shrink` of the size where the format allows."""
+  if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
+    width, height = image.size
+    try:
+      return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink),
+                                    min_width=-(-width // shrink), min_factor=shrink)
+    except ValueError:
+      pass  # what is wrong with it may be harmless: PIL decides
+  try:
+    image.draft('RGB', tuple(-(-side // shrink) for side in image.size))
+    image.load()
+    if image.mode.startswith('I'):
+      return _upper_byte(np.asarray(image))
+    if image.mode == 'F':
+      raise UnreadableError('has floating-point pixels')
+    if image.has_transparency_data:
+      image = image.convert('RGBA')
+      white = Image.new('RGBA', image.size, 'white')
+      image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert('RGB'))
+  except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, TypeError) as e:
+    raise UnreadableError(f"can't be decoded ({e})") from None
+
+
+def _upper_byte(gray):
+  """[H, W] of 16 bits -> [H, W, 3] uint8."""
+  if gray.size and not 0 <= gray.min() <= gray.max() < 2**16:
+    raise UnreadableError(f'has pixels from {gray.min()} to {gray.max()}, at most 16 bits are read')
+  return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _cut(pixels, box, side):
+  """The box, in pixels, resized to [side, side, 3].
+
+  Where that shrinks by a factor s of less than 2, and the box has no fractions of pixels, PIL's
+  triangle filter of half-width s is replaced by one of three taps and bilinear interpolation, which
+  together have its variance s² / 6.
+  """
+  top, left, height, width = box
+  scale = height / side, width / side
+  if max(scale) >= 2 or any(x != round(x) for x in box):
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR,
+                                   box=(left, top, left + width, top + height)))
+  top, left, height, width = map(int, box)
+  part = pixels[top:top + height, left:left + width]
+  if part.shape[:2] == (side, side):
+    return np.ascontiguousarray(part)
+  if max(scale) > 1:
+    part = cv2.sepFilter2D(np.ascontiguousarray(part) if part.strides[1] != 3 else part, -1,
+                           _taps(scale[1]), _taps(scale[0]), borderType=cv2.BORDER_REFLECT)
+  return cv2.resize(np.ascontiguousarray(part), (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def _taps(scale):
+  outer = max(scale * scale - 1, 0) / 12
+  return np.array([outer, 1 - 2 * outer, outer], np.float32)

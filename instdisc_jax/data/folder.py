@@ -1,0 +1,229 @@
+"""A folder of pictures, of any sizes and formats, with or without classes.
+
+An image's class is its first sub-folder; if any image lies at the root the set is unlabelled,
+unless there is a `labels.csv` there with a line `path,label` for each image. The index of an image
+is its place in the sorted list of paths. That list, with sizes, is kept in the workdir, and a
+folder that no longer agrees with it is an error: another image would stand behind a row of the
+bank.
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from instdisc_jax import errors
+from instdisc_jax.data import decode
+from instdisc_jax.data import pictures as pictures_lib
+
+LISTING = 'files.json'
+LABELS = 'labels.csv'
+_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff',
+             '.ppm', '.pgm', '.pbm', '.avif')
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """files[i] is the content of the i-th file, bytes."""
+  root: str
+  paths: list[str]
+
+  def __len__(self):
+    return len(self.paths)
+
+  def __getitem__(self, i):
+    with open(os.path.join(self.root, self.paths[i]), 'rb') as file:
+      return file.read()
+
+
+def load(path, on_unreadable, workdir=None):
+  """Reads the names and sizes of all pictures below a folder.
+
+  Args:
+    path: the folder.
+    on_unreadable: 'error': a file that can't be decoded ends the run when it is met; 'skip': all
+      are decoded once beforehand, and such files left out.
+    workdir: where an earlier run's listing may lie, or None.
+
+  Returns:
+    (`pictures.Pictures`, class names or None, listing): the listing is what `keep` writes.
+
+  Raises:
+    errors.UserError: no folder, no pictures, a wrong labels.csv, or a folder that has changed since
+      the workdir was begun.
+  """
+  setting = 'set --config.dataset.name=folder:PATH'
+  root = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isdir(root):
+    raise errors.UserError(f"no folder '{path}': {setting}")
+  try:
+    found = scan(root)
+  except OSError as e:
+    raise errors.UserError(f"'{e.filename}' can't be read ({e.strerror}): {setting} to a folder "
+                           'that can') from e
+  listing = None if workdir is None else read(workdir)
+  if listing is not None:
+    _check_unchanged(root, found, listing, workdir)
+  if not found:
+    raise errors.UserError(f"'{path}' has no pictures ({', '.join(_SUFFIXES)}): {setting} to a "
+                           'folder that has')
+  if listing is None:
+    unreadable = _find_unreadable(root, sorted(found)) if on_unreadable == 'skip' else {}
+    listing = {'files': dict(sorted(found.items())), 'unreadable': unreadable}
+    if len(unreadable) == len(found):
+      raise errors.UserError(f"none of the {len(found)} pictures in '{path}' can be read (the "
+                             f'first {next(iter(unreadable.values()))}): {setting}')
+  paths = [name for name in listing['files'] if name not in listing['unreadable']]
+  labels, class_names = _classes(root, paths)
+  digest = hashlib.sha256()
+  for name in paths:
+    digest.update(f'{name}\0{found[name]}\n'.encode('utf8', 'surrogateescape'))
+  pictures = pictures_lib.Pictures(
+      Files(root, paths), labels, f'{len(paths)} files {digest.hexdigest()}', names=paths)
+  return pictures, class_names, listing
+
+
+def scan(root):
+  """{path below the root, with '/': size in bytes} of all pictures; links are followed.
+
+  Every folder is visited once: through a link only if it does not lie below the root itself, so
+  loops end and no picture has two indices. A link to nothing has the size -1.
+  """
+  found, seen, folders, links = {}, set(), [''], []
+  with pictures_lib.progress('scanning') as progress:
+    task = progress.add_task('scanning')
+    while folders or links:
+      folder = folders.pop() if folders else links.pop(0)
+      status = os.stat(os.path.join(root, folder))
+      if (status.st_dev, status.st_ino) in seen:
+        continue
+      seen.add((status.st_dev, status.st_ino))
+      with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+          name = f'{folder}/{entry.name}' if folder else entry.name
+          if entry.name.startswith('.'):
+            continue
+          if entry.is_dir():
+            (links if entry.is_symlink() else folders).append(name)
+          elif entry.name.lower().endswith(_SUFFIXES):
+            found[name] = entry.stat().st_size if os.path.exists(entry.path) else -1
+      progress.update(task, completed=len(found))
+  return found
+
+
+def read(workdir):
+  """The listing kept in a workdir, or None.
+
+  Returns:
+    {'files': {path: size in bytes}, 'unreadable': {path: why}, 'rows': [path]}, the last being the
+    pictures behind the rows of the bank.
+
+  Raises:
+    errors.UserError: it is broken.
+  """
+  file = pathlib.Path(workdir) / LISTING
+  try:
+    listing = json.loads(file.read_text())
+    return {'files': dict(listing['files']), 'unreadable': dict(listing['unreadable']),
+            'rows': list(listing['rows'])}
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(f"'{file}' is no listing of pictures ({errors.one_line(e)}): put it "
+                           'back, or set another --workdir') from e
+
+
+def keep(listing, rows, workdir):
+  """Writes the listing into a workdir that has none, and beside it the unreadable files by name.
+
+  Args:
+    listing: as `load` gives it.
+    rows: the paths of the training pictures, in order.
+    workdir: of the run.
+  """
+  file = pathlib.Path(workdir) / LISTING
+  if file.exists():
+    return
+  if listing['unreadable']:
+    (file.with_name('unreadable.txt')).write_text(
+        ''.join(f'{name}: {why}\n' for name, why in listing['unreadable'].items()),
+        errors='surrogateescape')
+  partial = file.with_suffix('.partial')
+  partial.write_text(json.dumps(listing | {'rows': rows}))
+  os.replace(partial, file)
+
+
+def _check_unchanged(root, found, listing, workdir):
+  known = listing['files']
+  added, removed = sorted(found.keys() - known.keys()), sorted(known.keys() - found.keys())
+  changed = sorted(name for name in found.keys() & known.keys() if found[name] != known[name])
+  differences = [f"{len(names)} {what} (first: '{names[0]}')" for what, names in (
+      ('added', added), ('removed', removed), ('changed in size', changed)) if names]
+  if differences:
+    raise errors.UserError(
+        f"'{root}' has changed since '{workdir}' was begun: {', '.join(differences)}; a row of the "
+        'bank would stand for another picture: put the files back, or start a new --workdir from '
+        f'this run with --config.model.init={workdir}')
+
+
+def _find_unreadable(root, names):
+  """{path: why} of the files that can't be decoded."""
+  files = Files(root, names)
+
+  def fault(i):
+    try:
+      decode.decode(files[i])
+    except (OSError, decode.UnreadableError) as e:
+      return getattr(e, 'strerror', None) or str(e)
+
+  faults = {}
+  with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        pictures_lib.progress('decoding all once') as progress):
+    for name, why in progress.track(zip(names, pool.map(fault, range(len(names)))), len(names)):
+      if why is not None:
+        faults[name] = why
+  if faults:
+    name, why = next(iter(faults.items()))
+    errors.warn(f'{len(faults)} of {len(names)} files are left out, since they give no picture; '
+                f"the first: '{name}' {why}")
+  return faults
+
+
+def _classes(root, paths):
+  """(labels [N] int32, class names), or (None, None)."""
+  file = os.path.join(root, LABELS)
+  if os.path.exists(file):
+    given = _read_labels(file)
+    missing = [name for name in paths if name not in given]
+    if missing:
+      raise errors.UserError(
+          f"'{file}' has no line for {len(missing)} of the {len(paths)} pictures, must have a line "
+          f"path,label for each: add '{missing[0]}'" + (' and the others' if missing[1:] else '')
+          + ', or remove the file to train without labels')
+    names = [given[name] for name in paths]
+  elif any('/' not in name for name in paths):
+    return None, None
+  else:
+    names = [name.partition('/')[0] for name in paths]
+  class_names = sorted(set(names))
+  number = {name: i for i, name in enumerate(class_names)}
+  return np.array([number[name] for name in names], np.int32), tuple(class_names)
+
+
+def _read_labels(file):
+  try:
+    with open(file, newline='', encoding='utf8') as lines:
+      rows = [row for row in csv.reader(lines) if row]
+  except (OSError, ValueError, csv.Error) as e:
+    raise errors.UserError(f"'{file}' can't be read ({e}): make it lines of path,label in UTF-8"
+                           ) from e
+  wrong = next((row for row in rows if len(row) != 2), None)
+  if wrong is not None:
+    raise errors.UserError(f"'{file}' has the line '{','.join(wrong)}', must have lines of "
+                           'path,label: mend it, or remove the file to train without labels')
+  return {name.strip(): label.strip() for name, label in rows}

@@ -1,0 +1,98 @@
+"""How a run begins that begins with something: with weights, or an earlier run's bank."""
+
+import os
+import pathlib
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from instdisc_jax import checkpoint, convert, errors, train
+from instdisc_jax import workdir as workdir_lib
+from instdisc_jax.data import folder
+
+
+def read_weights(config):
+  """The encoder that `model.init` names.
+
+  Args:
+    config: the run's configuration; model.init is a .pth or .safetensors file in any layout that
+      `convert` reads, or the workdir of a run.
+
+  Returns:
+    {'params', 'batch_stats'}.
+
+  Raises:
+    errors.UserError: there is none, or it is of another kind than the run's.
+  """
+  place = config.model.init
+  if os.path.isdir(place):
+    settings, _ = workdir_lib.read(place)
+    found = {key: settings.get(key) for key in ('model.name', 'model.width', 'model.embedding_dim')}
+    state = checkpoint.read(pathlib.Path(place) / 'checkpoints')
+    variables = {key: state[key] for key in ('params', 'batch_stats')}
+  elif os.path.isfile(place):
+    name, width, embedding_dim, variables = convert.read_encoder(place, config.model.embedding_dim)
+    found = {'model.name': name, 'model.width': width, 'model.embedding_dim': embedding_dim}
+  else:
+    raise errors.UserError(f"model.init is '{place}', which is no file and no folder: set "
+                           '--config.model.init to weights or to the workdir of a run')
+  for key, value in found.items():
+    wanted = config.model[key.removeprefix('model.')]
+    if value != wanted:
+      raise errors.UserError(f"the encoder in '{place}' has {key} = {value}, not {wanted}: set "
+                             f'--config.{key}={value}, or another --config.model.init')
+  return variables
+
+
+def with_weights(state, weights):
+  """A fresh `TrainState` with other weights, on the same devices; with None as it is."""
+  if weights is None:
+    return state
+  put = lambda new, old: jax.make_array_from_callback(
+      old.shape, old.sharding, lambda part: np.asarray(new, old.dtype)[part])
+  return state.replace(**{key: jax.tree.map(put, weights[key], getattr(state, key))
+                          for key in weights})
+
+
+def with_rows(state, place, dataset, evaluator, mesh):
+  """A fresh `TrainState` whose bank goes on from an earlier run's.
+
+  Pictures that the run knew (a folder's: by path and size; others: by the fingerprint of all) keep
+  their rows; new ones get their own features.
+
+  Args:
+    state: with the weights already, see `with_weights`.
+    place: model.init; of a file nothing but the weights is taken.
+    dataset: a `data.Dataset`.
+    evaluator: a `report.Evaluator`.
+    mesh: the device mesh.
+
+  Returns:
+    The state. Z is estimated anew.
+  """
+  if not os.path.isdir(place):
+    return state
+  old_bank = checkpoint.read(pathlib.Path(place) / 'checkpoints')['bank']
+  row = _known_rows(place, dataset) if old_bank is not None else np.full(len(dataset.train), -1)
+  new = np.flatnonzero(row < 0)
+  bank = np.empty((len(dataset.train), state.bank.shape[1]), np.float32)
+  if old_bank is not None:
+    bank[row >= 0] = np.asarray(old_bank, np.float32)[row[row >= 0]]
+  bank[new] = evaluator.embed(state, dataset.train.subset(new, 'new'))
+  padded = np.asarray(train.pad_rows(bank, mesh.size), state.bank.dtype)
+  return state.replace(bank=jax.make_array_from_callback(
+      padded.shape, NamedSharding(mesh, P(train.AXIS)), lambda part: padded[part]))
+
+
+def _known_rows(place, dataset):
+  """[N] the row that each picture had in the earlier run, or -1."""
+  old, new = folder.read(place), dataset.listing
+  if old is None or new is None:
+    _, fingerprint = workdir_lib.read(place)
+    same = fingerprint == dataset.train.fingerprint
+    return np.arange(len(dataset.train)) if same else np.full(len(dataset.train), -1)
+  row = {name: i for i, name in enumerate(old['rows'])}
+  known = lambda name: old['files'].get(name) == new['files'][name]
+  return np.array([row.get(name, -1) if known(name) else -1 for name in dataset.train.names])
