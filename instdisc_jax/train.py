@@ -33,7 +33,7 @@ from instdisc_jax.data import resident, stream
 AXIS = 'data'
 VIEW_SIDE = 224  # of views where images have different sizes and no size is set
 _ALIKE = 0.99  # norm of the mean embedding from which on an encoder counts as collapsed
-_INIT, _AUGMENT, _NOISE = range(3)  # the run's independent streams of random numbers
+_INIT, AUGMENT, _NOISE = range(3)  # the run's independent streams of random numbers
 
 _LOSSES = {
     'softmax': losses.softmax_loss,
@@ -179,7 +179,7 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=Tru
   slot = first + jnp.arange(index.size, dtype=jnp.uint32)
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
   key = jax.vmap(jax.random.fold_in)(
-      jax.vmap(jax.random.fold_in, (None, 0))(_stream(config, _AUGMENT), place), index)
+      jax.vmap(jax.random.fold_in, (None, 0))(_stream(config, AUGMENT), place), index)
   size = None if cropped else view_size(config, batch['image'].shape[1:])
   strengths = {name: value for name, value in config.augment.items() if name != 'size'}
   images = augment.augment(key, batch['image'], size=size, dtype=_wide(config), **strengths)
@@ -413,7 +413,7 @@ def make_feed(config, pictures, mesh):
   if config.dataset.name.startswith('fake:'):
     return stream.Fake(pictures, mesh, seed=seed, batch_size=batch_size, side=side)
   return stream.Stream(
-      pictures, mesh, seed=seed, crop_seed=(seed, _AUGMENT), batch_size=batch_size,
+      pictures, mesh, seed=seed, crop_seed=(seed, AUGMENT), batch_size=batch_size,
       last_step=total_steps(config, len(pictures)), side=side,
       crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio,
       workers=stream.workers(config.dataset.workers))

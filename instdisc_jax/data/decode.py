@@ -11,6 +11,7 @@ is taken. Truncated files, files that are no pictures, floating-point pictures a
 than 89 million pixels are refused.
 """
 
+import contextlib
 import io
 import warnings
 
@@ -21,6 +22,7 @@ import simplejpeg
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # PIL's own limit, beyond which it only warns
 _ORIENTATION = 0x0112  # EXIF
+_LEAST_BY_TAPS, _MOST_BY_TAPS = 1.1, 2.25  # from where on three taps matter, and until they do
 # What turns the stored picture upright.
 _UPRIGHT = {
     2: lambda x: x[:, ::-1],
@@ -53,13 +55,13 @@ def decode(data):
   """
   if isinstance(data, np.ndarray):
     return data
-  image, _, turn = _open(data)
-  return np.ascontiguousarray(turn(_pixels(image, data, 1)))
+  _, turn, plain = _open(data)
+  return np.ascontiguousarray(turn(_pixels(data, plain, 1)))
 
 
 def size(data):
   """(H, W) of a picture, from the head of its file; raises `UnreadableError`."""
-  return data.shape[:2] if isinstance(data, np.ndarray) else _open(data)[1]
+  return data.shape[:2] if isinstance(data, np.ndarray) else _open(data)[0]
 
 
 def view(data, draw_box, side):
@@ -78,12 +80,12 @@ def view(data, draw_box, side):
   """
   if isinstance(data, np.ndarray):
     return _cut(data, draw_box(*data.shape[:2]), side)
-  image, (height, width), turn = _open(data)
+  (height, width), turn, plain = _open(data)
   box = draw_box(height, width)
   shrink = 1
   while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
     shrink *= 2
-  pixels = turn(_pixels(image, data, shrink))
+  pixels = turn(_pixels(data, plain, shrink))
   shrunk = round(height / pixels.shape[0])  # not every format can be
   if shrunk > 1:
     box = tuple(x / shrunk for x in box)  # with fractions; the last pixels may lie half outside
@@ -103,37 +105,57 @@ def centre_box(height, width, side):
 
 
 def _open(data):
-  """(PIL image, not yet decoded; its upright (H, W); what turns its pixels upright)."""
+  """(upright (H, W); what turns its pixels upright; whether it is a gray or colour JPEG)."""
   try:
-    image = Image.open(io.BytesIO(data))
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    plain = colors in ('YCbCr', 'RGB', 'Gray')
+  except ValueError:
+    plain = False
+  orientation = 1
+  if not plain or _has_exif(data):
+    image = _pil(data)
+    width, height = image.size
+    if image.format != 'PNG' or 'exif' in image.info:  # else PIL would decode it to look
+      with contextlib.suppress(Exception):  # a broken EXIF part says nothing about the picture
+        orientation = image.getexif().get(_ORIENTATION, 1)
+  if height * width > MOST_PIXELS:
+    raise UnreadableError(f'has {height} x {width} pixels, more than {MOST_PIXELS:,}')
+  if orientation in (5, 6, 7, 8):
+    height, width = width, height
+  return (height, width), _UPRIGHT.get(orientation, lambda x: x), plain
+
+
+def _has_exif(jpeg):
+  """Whether one of a JPEG's segments before the picture holds EXIF data."""
+  at = 2
+  while jpeg[at:at + 1] == b'\xff' and jpeg[at + 1] not in (0xC0, 0xC2, 0xDA):
+    if jpeg[at + 4:at + 8] == b'Exif':
+      return True
+    at += 2 + int.from_bytes(jpeg[at + 2:at + 4])
+  return False
+
+
+def _pil(data):
+  """A PIL image, its pixels not yet decoded."""
+  try:
+    return Image.open(io.BytesIO(data))
   except Image.DecompressionBombError as e:
     raise UnreadableError(f'{e}'.split(',')[0]) from None
   except Exception as e:  # PIL's plugins raise whatever comes up in a broken file
-    reason = 'is empty' if not data else f'is no picture ({type(e).__name__})'
+    reason = f'is no picture ({type(e).__name__})' if data else 'is empty'
     raise UnreadableError(reason) from None
-  width, height = image.size
-  if height * width > MOST_PIXELS:
-    raise UnreadableError(f'has {height} x {width} pixels, more than {MOST_PIXELS:,}')
-  orientation = 1
-  if image.format != 'PNG' or 'exif' in image.info:  # else PIL would decode the picture to look
-    try:
-      orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of a broken EXIF part, which says nothing about the picture
-      pass
-  if orientation in (5, 6, 7, 8):
-    height, width = width, height
-  return image, (height, width), _UPRIGHT.get(orientation, lambda x: x)
 
 
-def _pixels(image, data, shrink):
+def _pixels(data, plain, shrink):
   """The stored pixels as [H, W, 3] uint8, 1 / `shrink` of the size where the format allows."""
-  if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
-    width, height = image.size
+  if plain:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     try:
       return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink),
                                     min_width=-(-width // shrink), min_factor=shrink)
     except ValueError:
       pass  # what is wrong with it may be harmless: PIL decides
+  image = _pil(data)
   try:
     image.draft('RGB', tuple(-(-side // shrink) for side in image.size))
     image.load()
@@ -160,21 +182,21 @@ def _upper_byte(gray):
 def _cut(pixels, box, side):
   """The box, in pixels, resized to [side, side, 3].
 
-  Where that shrinks by a factor s of less than 2, and the box has no fractions of pixels, PIL's
-  triangle filter of half-width s is replaced by one of three taps and bilinear interpolation, which
-  together have its variance s² / 6.
+  Where that shrinks by a factor s up to `_MOST_BY_TAPS`, and the box has no fractions of pixels,
+  PIL's triangle filter of half-width s is replaced by one of three taps and bilinear interpolation,
+  which together have its variance s² / 6.
   """
   top, left, height, width = box
   scale = height / side, width / side
-  if max(scale) >= 2 or any(x != round(x) for x in box):
+  if max(scale) > _MOST_BY_TAPS or any(x != round(x) for x in box):
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR,
                                    box=(left, top, left + width, top + height)))
   top, left, height, width = map(int, box)
   part = pixels[top:top + height, left:left + width]
   if part.shape[:2] == (side, side):
-    return np.ascontiguousarray(part)
-  if max(scale) > 1:
+    return part.copy()
+  if max(scale) > _LEAST_BY_TAPS:
     part = cv2.sepFilter2D(np.ascontiguousarray(part) if part.strides[1] != 3 else part, -1,
                            _taps(scale[1]), _taps(scale[0]), borderType=cv2.BORDER_REFLECT)
   return cv2.resize(np.ascontiguousarray(part), (side, side), interpolation=cv2.INTER_LINEAR)

@@ -9,6 +9,7 @@ on at any step without anything having been saved.
 import functools
 import os
 
+from absl import flags
 import cv2
 import grain
 import jax
@@ -188,6 +189,7 @@ def _in_background(load, first, last, num_workers):
   dataset = grain.MapDataset.range(first, last).map(load).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + _AHEAD - 1))
   if num_workers:
+    flags.FLAGS.mark_as_parsed()  # Grain's own, which it reads for worker processes
     dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_AHEAD),
         worker_init_fn=_prepare_worker)
