@@ -20,6 +20,5 @@ def get_config():
   config.batch_size = 256
   config.steps = 100
   config.log_every_steps = 10
-  config.augment.update(size=224, grayscale_first=True, flip=0.5, mean=(0.5, 0.5, 0.5),
-                        std=(0.3, 0.3, 0.3))
+  config.augment.update(config_lib.PHOTOGRAPHS)
   return config

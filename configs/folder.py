@@ -25,8 +25,7 @@ def get_config():
   config.model.name = 'resnet18'
   config.loss.name = 'softmax'
   config.loss.temperature = 0.07
-  config.augment.update(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
-                        std=(0.229, 0.224, 0.225))
+  config.augment.update(config_lib.PHOTOGRAPHS)
   config.optimizer.weight_decay = 1e-4
   config.knn.temperature = 0.07
   config.knn.every_epochs = 10

@@ -39,8 +39,7 @@ def get_config(presets=''):
   config.optimizer.learning_rate = 0.03
   config.optimizer.weight_decay = 1e-4
   config.optimizer.milestones = (120, 160)
-  config.augment.update(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
-                        std=(0.229, 0.224, 0.225))
+  config.augment.update(config_lib.PHOTOGRAPHS)
   config.knn.neighbors = 200
   config.knn.temperature = 0.07
   config.knn.every_epochs = 5

@@ -92,6 +92,10 @@ def default():
   return config
 
 
+# For photographs, in the published ImageNet order: augment settings.
+PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
+                   std=(0.229, 0.224, 0.225))
+
 # Settings that may change between two calls on one workdir: they leave what was trained untouched.
 CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'dataset.data_dir',
               'dataset.workers', 'dataset.resident_share',

@@ -108,6 +108,7 @@ def run(config, workdir, devices=None, watch=None):
   config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
 
   with contextlib.ExitStack() as stack:
+    feed = stack.enter_context(contextlib.closing(train.make_feed(config, dataset.train, mesh)))
     workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.train.fingerprint))
     if dataset.listing is not None:
       distributed.first_only(lambda: folder.keep(
@@ -132,7 +133,6 @@ def run(config, workdir, devices=None, watch=None):
       report.show(summary, workdir, progress.console)
       return summary
 
-    feed = stack.enter_context(contextlib.closing(train.make_feed(config, dataset.train, mesh)))
     evaluator = report.Evaluator(config, dataset, encoder, mesh, feed, watch)
     begin = lambda: start.with_weights(init(), weights)
     state, pending_losses = begin(), []

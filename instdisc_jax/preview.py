@@ -1,6 +1,7 @@
 """Shows what training would see: 8 pictures of a folder, 8 random views of each."""
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -17,7 +18,6 @@ from instdisc_jax.data import draws, folder
 
 _PICTURES = _VIEWS = 8
 _GAP = 4  # pixels between views; the first column, the whole picture, has twice that
-_CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'folder.py'
 
 
 def draw(images, config):
@@ -34,7 +34,7 @@ def draw(images, config):
   Raises:
     errors.UserError: no folder, no pictures, or one that can't be read.
   """
-  source, _, _ = folder.load(images, 'error')
+  source, _, _ = folder.load(images, 'error', setting='set --images')
   side, = set(train.view_size(config, None))
   chosen = np.unique(np.linspace(0, len(source) - 1, _PICTURES).astype(int))
   index, place = np.repeat(chosen, _VIEWS), np.tile(np.arange(_VIEWS), len(chosen))
@@ -49,8 +49,9 @@ def draw(images, config):
       jnp.asarray(place, jnp.uint32), jnp.asarray(index, jnp.int32))
   strengths = {name: value for name, value in config.augment.items() if name != 'size'}
   strengths |= dict(mean=(0.0,) * 3, std=(1.0,) * 3)  # to be looked at
-  views = np.asarray(augment.augment(keys, views, size=None, **strengths))
-  views = np.round(views * 255).astype(np.uint8).reshape(len(chosen), _VIEWS, side, side, 3)
+  views = jax.jit(functools.partial(augment.augment, size=None, **strengths))(keys, views)
+  views = np.round(np.asarray(views) * 255).astype(np.uint8)
+  views = views.reshape(len(chosen), _VIEWS, side, side, 3)
 
   step = side + _GAP
   sheet = np.full((len(chosen) * step - _GAP, (_VIEWS + 1) * step + _GAP, 3), 255, np.uint8)
@@ -72,15 +73,26 @@ def main(argv=None):
     parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
     parser.add_argument('--images', required=True, metavar='FOLDER', help='pictures of any size')
     parser.add_argument('--output', required=True, metavar='FILE.png', help='what is written')
-    parser.add_argument('--config', metavar='FILE', default=str(_CONFIG),
-                        help='whose augment settings are shown (default: configs/folder.py)')
+    parser.add_argument('--config', metavar='FILE',
+                        help='whose augment settings are shown (default: those for photographs)')
     args, overrides = parser.parse_known_args(argv)
     output = pathlib.Path(args.output)
     if output.suffix != '.png':
       raise errors.UserError(f"--output is '{output}', must end in .png: set --output")
-    _, config = main_lib.parse([f'--config={args.config}', '--workdir=unused', *overrides])
+    if not output.absolute().parent.is_dir():
+      raise errors.UserError(f"no folder '{output.parent}' for --output: make it, or set --output")
+    if args.config is None and overrides:
+      raise errors.UserError(f"unknown argument '{overrides[0]}': see --help, or set --config, too")
+    config = config_lib.default()
+    config.augment.update(config_lib.PHOTOGRAPHS)
+    if args.config is not None:
+      _, config = main_lib.parse([f'--config={args.config}', '--workdir=unused', *overrides])
     config_lib.validate(config)
-    sheet = draw(args.images, config)
+    try:
+      sheet = draw(args.images, config)
+    except errors.UserError as e:
+      what, broken, _ = str(e).partition(': remove it')
+      raise errors.UserError(f'{what}{broken and ": remove it, or set --images"}') from e
     partial = output.with_name(output.name + '.partial')
     try:
       Image.fromarray(sheet).save(partial, 'PNG')

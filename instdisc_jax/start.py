@@ -27,23 +27,32 @@ def read_weights(config):
     errors.UserError: there is none, or it is of another kind than the run's.
   """
   place = config.model.init
-  if os.path.isdir(place):
-    settings, _ = workdir_lib.read(place)
-    found = {key: settings.get(key) for key in ('model.name', 'model.width', 'model.embedding_dim')}
-    state = checkpoint.read(pathlib.Path(place) / 'checkpoints')
-    variables = {key: state[key] for key in ('params', 'batch_stats')}
-  elif os.path.isfile(place):
-    name, width, embedding_dim, variables = convert.read_encoder(place, config.model.embedding_dim)
-    found = {'model.name': name, 'model.width': width, 'model.embedding_dim': embedding_dim}
-  else:
-    raise errors.UserError(f"model.init is '{place}', which is no file and no folder: set "
-                           '--config.model.init to weights or to the workdir of a run')
+  try:
+    found, variables = _read(place, config.model.embedding_dim)
+  except errors.UserError as e:  # of commands where the place has another name
+    text = str(e).replace('--from', '--config.model.init')
+    raise errors.UserError(text.replace('--workdir', '--config.model.init')) from e
   for key, value in found.items():
     wanted = config.model[key.removeprefix('model.')]
     if value != wanted:
       raise errors.UserError(f"the encoder in '{place}' has {key} = {value}, not {wanted}: set "
                              f'--config.{key}={value}, or another --config.model.init')
   return variables
+
+
+def _read(place, embedding_dim):
+  """({'model.name', 'model.width', 'model.embedding_dim'}, {'params', 'batch_stats'})."""
+  if os.path.isdir(place):
+    settings, _ = workdir_lib.read(place)
+    state = checkpoint.read(pathlib.Path(place) / 'checkpoints')
+    return ({key: settings.get(key) for key in ('model.name', 'model.width', 'model.embedding_dim')},
+            {key: state[key] for key in ('params', 'batch_stats')})
+  if os.path.isfile(place):
+    name, width, embedding_dim, variables = convert.read_encoder(place, embedding_dim)
+    return {'model.name': name, 'model.width': width,
+            'model.embedding_dim': embedding_dim}, variables
+  raise errors.UserError(f"model.init is '{place}', which is no file and no folder: set "
+                         '--config.model.init to weights or to the workdir of a run')
 
 
 def with_weights(state, weights):

@@ -15,8 +15,10 @@ import tempfile
 
 import jax
 import numpy as np
+from PIL import Image
 
-from instdisc_jax import convert, main, workdir
+from instdisc_jax import convert, main, preview, workdir
+from instdisc_jax.data import folder as folder_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'errors.md'
@@ -30,7 +32,7 @@ class Case:
 
   Attributes:
     what: is wrong, in words.
-    command: main, convert or launch/local.sh.
+    command: main, convert, preview or launch/local.sh.
     arguments: of the command; run in an empty folder.
     prepare: makes in that folder what the mistake needs; what it yields stays meanwhile.
     foreign: whether the message quotes another library.
@@ -99,8 +101,38 @@ def _damaged():
   return contextlib.nullcontext()
 
 
+def _folder(*names, **texts):
+  """A folder of tiny pictures; `texts` are further files, their names' underscores being dots."""
+  def prepare():
+    for name in names:
+      path = pathlib.Path('pictures', name)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new('RGB', (40, 30)).save(path)
+    for name, text in texts.items():
+      pathlib.Path('pictures', name.replace('_', '.')).write_text(text)
+    return contextlib.nullcontext()
+  return prepare
+
+
+def _sizes():
+  _folder('a/1.png', 'a/2.png', 'a/3.png', 'a/4.png', 'a/5.png', 'a/6.png', 'a/7.png')()
+  Image.new('RGB', (30, 30)).save('pictures/a/8.png')
+  return contextlib.nullcontext()
+
+
+def _listed():
+  """A folder of pictures that has one more than the run knows, and one less."""
+  _folder('a/1.png', 'a/3.png')()
+  size = pathlib.Path('pictures/a/1.png').stat().st_size
+  pathlib.Path('run').mkdir()
+  files = {'a/1.png': size, 'a/2.png': size}
+  folder_lib.keep({'files': files, 'unreadable': {}}, list(files), 'run')
+  return contextlib.nullcontext()
+
+
 _PICTURES = np.zeros((16, 32, 32, 3), np.uint8)
 _ARRAYS = 'dataset.name=arrays:a.npz'
+_FOLDER = 'dataset.name=folder:pictures'
 
 CASES = [
     Case('no workdir', 'main', ['--config=digits.py']),
@@ -172,6 +204,43 @@ CASES = [
     _setting('a label too few', _ARRAYS, prepare=_saves(images=_PICTURES, labels=np.arange(15))),
     _setting('label below 0', _ARRAYS, prepare=_saves(images=_PICTURES, labels=np.arange(16) - 1)),
     _setting('one image', _ARRAYS, prepare=_saves(images=_PICTURES[:1])),
+    _setting('no such folder', _FOLDER),
+    _setting('folder without pictures', _FOLDER, prepare=_writes('pictures/notes.txt', '')),
+    _setting('folder of one picture', _FOLDER, prepare=_folder('1.png')),
+    _setting('folder of which no file can be read', _FOLDER, 'dataset.on_unreadable=skip',
+             prepare=_writes('pictures/1.jpg', 'text')),
+    _setting('folder that has changed since', _FOLDER, prepare=_listed),
+    _setting('listing of a folder that is broken', _FOLDER,
+             prepare=lambda: [_folder('1.png')(), _writes('run/files.json', '[]')()][1]),
+    _setting('label list without a picture', _FOLDER,
+             prepare=_folder('1.png', '2.png', labels_csv='1.png,cat\n')),
+    _setting('label list of three columns', _FOLDER,
+             prepare=_folder('1.png', labels_csv='1.png,cat,red\n')),
+    _setting('validation that is no share', 'dataset.validation=val'),
+    _setting('validation folder that is missing', _FOLDER, 'dataset.validation=val',
+             prepare=_folder('a/1.png', 'a/2.png')),
+    _setting('validation with a class of its own', _FOLDER, 'dataset.validation=pictures/a',
+             prepare=_folder('a/b/1.png', 'a/c/2.png')),
+    _setting('pictures of several sizes on the device', _FOLDER, 'dataset.path=resident',
+             'batch_size=8', 'knn.neighbors=1', prepare=_sizes),
+    _setting('unknown data path', 'dataset.path=disk'),
+    _setting('unknown answer to unreadable files', 'dataset.on_unreadable=ignore'),
+    _setting('workers below 0', 'dataset.workers=-1'),
+    _setting('views of 4 pixels', 'augment.size=4'),
+    _setting('pictures that are not square, streamed as they are', _ARRAYS, 'dataset.path=stream',
+             'batch_size=8', prepare=_saves(images=_PICTURES[:, :20])),
+    _setting('weights that are missing', 'model.init=none.pth'),
+    _setting('weights that are none', 'model.init=a.pth', prepare=_writes('a.pth', 'text'),
+             foreign=True),
+    _setting('start from a folder that is no run', 'model.init=.'),
+    Case('unknown preset', 'main', ['--config=imagenet.py:resnet19', '--workdir=run'],
+         _writes('imagenet.py', (ROOT / 'configs' / 'imagenet.py').read_text())),
+    Case('preview of no folder', 'preview', ['--images=pictures', '--output=a.png']),
+    Case('preview into another format', 'preview', ['--images=pictures', '--output=a.jpg']),
+    Case('preview of a broken picture', 'preview', ['--images=pictures', '--output=a.png'],
+         _writes('pictures/1.jpg', 'text')),
+    Case('preview into a missing folder', 'preview', ['--images=pictures', '--output=b/a.png'],
+         _folder('1.png')),
     _setting('workdir below a file', prepare=_writes('run', '')),
     _setting('workdir in use', prepare=_in_use),
     _setting('workdir of a run with other settings', prepare=_begun(model__width=32)),
@@ -221,7 +290,7 @@ def answer(case):
                             check=False)
       code, text = done.returncode, done.stderr
     else:
-      module = {'main': main, 'convert': convert}[case.command]
+      module = {'main': main, 'convert': convert, 'preview': preview}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)
       text = errors.getvalue()

@@ -98,7 +98,8 @@ def _load_folder(config, path, held_out, workdir):
   train, class_names, listing = folder.load(path, config.on_unreadable, workdir)
   test = None
   if held_out is not None:
-    test, test_names, _ = folder.load(held_out.removeprefix('folder:'), config.on_unreadable)
+    test, test_names, _ = folder.load(held_out.removeprefix('folder:'), config.on_unreadable,
+                                      setting='set --config.dataset.validation')
     if class_names is None or test_names is None:
       test = dataclasses.replace(test, labels=None)
     else:

@@ -41,7 +41,7 @@ class Files:
       return file.read()
 
 
-def load(path, on_unreadable, workdir=None):
+def load(path, on_unreadable, workdir=None, setting='set --config.dataset.name=folder:PATH'):
   """Reads the names and sizes of all pictures below a folder.
 
   Args:
@@ -49,6 +49,7 @@ def load(path, on_unreadable, workdir=None):
     on_unreadable: 'error': a file that can't be decoded ends the run when it is met; 'skip': all
       are decoded once beforehand, and such files left out.
     workdir: where an earlier run's listing may lie, or None.
+    setting: what to change if the folder is not as it must be.
 
   Returns:
     (`pictures.Pictures`, class names or None, listing): the listing is what `keep` writes.
@@ -57,7 +58,6 @@ def load(path, on_unreadable, workdir=None):
     errors.UserError: no folder, no pictures, a wrong labels.csv, or a folder that has changed since
       the workdir was begun.
   """
-  setting = 'set --config.dataset.name=folder:PATH'
   root = os.path.abspath(os.path.expanduser(path))
   if not os.path.isdir(root):
     raise errors.UserError(f"no folder '{path}': {setting}")
@@ -78,6 +78,10 @@ def load(path, on_unreadable, workdir=None):
     if len(unreadable) == len(found):
       raise errors.UserError(f"none of the {len(found)} pictures in '{path}' can be read (the "
                              f'first {next(iter(unreadable.values()))}): {setting}')
+    if unreadable:
+      name, why = next(iter(unreadable.items()))
+      errors.warn(f'{len(unreadable)} of {len(found)} files are left out, since they give no '
+                  f"picture; the first: '{name}' {why}")
   paths = [name for name in listing['files'] if name not in listing['unreadable']]
   labels, class_names = _classes(root, paths)
   digest = hashlib.sha256()
@@ -187,10 +191,6 @@ def _find_unreadable(root, names):
     for name, why in progress.track(zip(names, pool.map(fault, range(len(names)))), len(names)):
       if why is not None:
         faults[name] = why
-  if faults:
-    name, why = next(iter(faults.items()))
-    errors.warn(f'{len(faults)} of {len(names)} files are left out, since they give no picture; '
-                f"the first: '{name}' {why}")
   return faults
 
 
