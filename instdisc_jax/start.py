@@ -45,7 +45,8 @@ def _read(place, embedding_dim):
   if os.path.isdir(place):
     settings, _ = workdir_lib.read(place)
     state = checkpoint.read(pathlib.Path(place) / 'checkpoints')
-    return ({key: settings.get(key) for key in ('model.name', 'model.width', 'model.embedding_dim')},
+    kind = 'model.name', 'model.width', 'model.embedding_dim'
+    return ({key: settings.get(key) for key in kind},
             {key: state[key] for key in ('params', 'batch_stats')})
   if os.path.isfile(place):
     name, width, embedding_dim, variables = convert.read_encoder(place, embedding_dim)

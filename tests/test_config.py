@@ -69,3 +69,36 @@ def test_what_depends_on_data_and_machine(changes, num_rows, num_devices, messag
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=message):
     config_lib.validate_for_data(config, num_rows, (32, 40), num_devices)
+
+
+def _get_config(name):
+  return runpy.run_path(str(CONFIGS[0].parent / name))['get_config']
+
+
+@pytest.mark.parametrize('num_rows, batch_size, epochs, neighbors', [
+    (2, 2, 200, 1), (200, 128, 200, 14), (1000, 256, 200, 31), (1_000_000, 256, 40, 200)])
+def test_a_folder_s_settings_follow_its_size_unless_given(num_rows, batch_size, epochs, neighbors):
+  config = _get_config('folder.py')()
+  config_lib.validate(config)
+  filled = config_lib.fill(config, num_rows)
+  assert (filled.batch_size, filled.epochs, filled.knn.neighbors) == (batch_size, epochs, neighbors)
+  assert filled.optimizer.learning_rate == pytest.approx(0.03 * batch_size / 256)
+  assert filled.optimizer.milestones == (0.6 * epochs, 0.8 * epochs)
+  assert config.batch_size is None  # a copy was filled
+  config.epochs, config.batch_size = 7, 2
+  assert config_lib.fill(config, num_rows).epochs == 7
+  assert config_lib.fill(config, num_rows).batch_size == 2
+
+
+def test_presets_of_imagenet():
+  get_config = _get_config('imagenet.py')
+  published = get_config()
+  assert (published.model.name, published.loss.name, published.loss.noise_count) == (
+      'resnet50', 'nce', 4096)
+  other = get_config('alexnet,sampled')
+  assert (other.model.name, other.loss.name, other.loss.noise_count) == (
+      'alexnet', 'sampled_softmax', 65536)
+  for presets in ('', 'resnet18', 'vgg16', 'softmax', 'alexnet,sampled'):
+    config_lib.validate(get_config(presets))
+  with pytest.raises(ValueError, match="preset 'resnet19', must be one of resnet50"):
+    get_config('resnet19')

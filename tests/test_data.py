@@ -179,6 +179,27 @@ class TestTfds:
     np.testing.assert_array_equal(again.train.whole(), dataset.train.whole())
     assert again.train.fingerprint == dataset.train.fingerprint
 
+  def test_a_large_split_is_read_record_by_record_and_its_labels_kept(self, prepared, monkeypatch):
+    data_dir, tiny = prepared
+    config = _config('tfds:tiny', data_dir=str(data_dir))
+    small = data.load(config, seed=0)
+    monkeypatch.setattr(tfds_lib, '_KEPT_BYTES', 0)
+    large = data.load(config, seed=0)
+    assert isinstance(large.train.files, tfds_lib.Records)
+    np.testing.assert_array_equal(large.train.whole(), small.train.whole())
+    np.testing.assert_array_equal(large.train.labels, small.train.labels)
+    assert len(list(data_dir.rglob('labels-*.npy'))) == 2  # of train and test
+    monkeypatch.setattr(tfds_lib.distributed, 'interleave', None)  # nothing is read again
+    np.testing.assert_array_equal(data.load(config, seed=0).train.labels, small.train.labels)
+
+  def test_validation_names_a_split(self, prepared):
+    data_dir, _ = prepared
+    config = _config('tfds:tiny', data_dir=str(data_dir), validation='train')
+    assert len(data.load(config, seed=0).test) == 5
+    config.validation = 'val'
+    with pytest.raises(errors.UserError, match="dataset.validation is 'val', must be one of"):
+      data.load(config, seed=0)
+
   def test_a_download_that_fails_names_the_data_dir(self, monkeypatch, tmp_path):
     import tensorflow_datasets as tfds
     def no_network(*args, **kwargs):

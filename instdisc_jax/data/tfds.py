@@ -4,9 +4,12 @@ TFDS shuffles when it writes, so a picture's position is stable for one prepared
 fingerprint holds the name, version, split and shard lengths.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -121,6 +124,7 @@ def _open(builder, split):
 
   info, features = builder.info.splits[split], builder.info.features
   source = builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+  fingerprint = f'{builder.info.full_name} {split} {list(info.shard_lengths)}'
   files, labels = Records(source), None
   with pictures.progress(f'reading {split}') as progress:
     if info.num_bytes <= _KEPT_BYTES:
@@ -128,14 +132,30 @@ def _open(builder, split):
       files = [record['image'] for record in records]
       if 'label' in features:
         labels = np.array([record['label'] for record in records], np.int32)
-    elif 'label' in features:  # reads every record, so each process does its part
-      mine = range(jax.process_index(), len(source), jax.process_count())
-      labels = distributed.interleave(
-          np.array([source[i]['label'] for i in progress.track(mine)], np.int32), len(source))
+    elif 'label' in features:
+      labels = _labels(source, pathlib.Path(builder.data_dir), fingerprint, progress)
   shape = features['image'].shape
   return pictures.Pictures(
-      files, labels, f'{builder.info.full_name} {split} {list(info.shard_lengths)}',
+      files, labels, fingerprint,
       shape=None if None in shape[:2] else (*shape[:2], 3))
+
+
+def _labels(source, folder, fingerprint, progress):
+  """[N] int32, for which every record must be read; kept beside them if that folder is writable."""
+  file = folder / f'labels-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy'
+  with contextlib.suppress(OSError, ValueError):
+    labels = np.load(file, allow_pickle=False)
+    if labels.shape == (len(source),) and labels.dtype == np.int32:
+      return labels
+  mine = range(jax.process_index(), len(source), jax.process_count())  # each process does its part
+  labels = distributed.interleave(
+      np.array([source[i]['label'] for i in progress.track(mine)], np.int32), len(source))
+  if jax.process_index() == 0:
+    with contextlib.suppress(OSError):
+      partial = file.with_suffix('.partial.npy')
+      np.save(partial, labels)
+      os.replace(partial, file)
+  return labels
 
 
 def _first_line(error):

@@ -1,0 +1,64 @@
+import jax
+import numpy as np
+import pytest
+
+from instdisc_jax import config as config_lib
+from instdisc_jax import convert, errors, models, start, train
+
+
+def _config(init, **model):
+  config = config_lib.default()
+  config.model.update(dict(name='resnet18', width=64, embedding_dim=16, init=str(init)) | model)
+  return config
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  """(file, state dict) of torchvision's layout with a head to 16 numbers."""
+  safetensors = pytest.importorskip('safetensors.numpy')
+  random = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: models.create('resnet18', embedding_dim=16).init(
+      jax.random.key(0), np.zeros((1, 64, 64, 3)), train=False))
+  state_dict = convert.to_torchvision(jax.tree.map(
+      lambda s: random.normal(size=s.shape).astype(np.float32), shapes), 'resnet18')
+  file = tmp_path_factory.mktemp('weights') / 'a.safetensors'
+  safetensors.save_file({k: np.ascontiguousarray(v) for k, v in state_dict.items()}, file)
+  return file, state_dict
+
+
+@pytest.mark.slow
+def test_weights_of_a_file_become_the_encoder(weights):
+  file, state_dict = weights
+  variables = start.read_weights(_config(file))
+  back = convert.to_torchvision(variables, 'resnet18')
+  for key, value in back.items():
+    np.testing.assert_array_equal(value, state_dict[key])
+
+
+@pytest.mark.slow
+def test_weights_of_another_encoder_are_refused_by_name(weights):
+  file, _ = weights
+  for model, message in (
+      (dict(name='resnet50'), "has model.name = resnet18, not resnet50: set --config.model.name="),
+      (dict(width=32), 'has model.width = 64, not 32'),
+      (dict(embedding_dim=128), 'has model.embedding_dim = 16, not 128')):
+    with pytest.raises(errors.UserError, match=message):
+      start.read_weights(_config(file, **model))
+
+
+def test_the_weights_of_a_run_become_the_encoder_on_any_devices(trained):
+  workdir, _, config = trained
+  config = config.copy_and_resolve_references()
+  config.model.init = str(workdir)
+  variables = start.read_weights(config)
+  mesh = train.make_mesh(jax.devices()[:4])
+  encoder = models.create(config.model.name, embedding_dim=16, width=2)
+  optimizer = train.make_optimizer(config, 128)
+  fresh = train.init_state(config, encoder, optimizer, 128, (32, 32, 3), mesh)
+  state = start.with_weights(fresh, variables)
+  for name in ('params', 'batch_stats'):
+    for old, new, at_first in zip(*map(jax.tree.leaves, (
+        variables[name], getattr(state, name), getattr(fresh, name)))):
+      np.testing.assert_array_equal(old, new)
+      assert new.sharding == at_first.sharding
+  np.testing.assert_array_equal(state.bank, fresh.bank)
