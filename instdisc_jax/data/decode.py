@@ -15,10 +15,8 @@ import contextlib
 import io
 import warnings
 
-import cv2
 import numpy as np
 from PIL import Image
-import simplejpeg
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # PIL's own limit, beyond which it only warns
 _ORIENTATION = 0x0112  # EXIF
@@ -106,6 +104,8 @@ def centre_box(height, width, side):
 
 def _open(data):
   """(upright (H, W); what turns its pixels upright; whether it is a gray or colour JPEG)."""
+  import simplejpeg  # not needed for pictures that lie on the device
+
   try:
     height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     plain = colors in ('YCbCr', 'RGB', 'Gray')
@@ -149,6 +149,7 @@ def _pil(data):
 def _pixels(data, plain, shrink):
   """The stored pixels as [H, W, 3] uint8, 1 / `shrink` of the size where the format allows."""
   if plain:
+    import simplejpeg  # as above
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     try:
       return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink),
@@ -192,6 +193,8 @@ def _cut(pixels, box, side):
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR,
                                    box=(left, top, left + width, top + height)))
+  import cv2  # as above
+
   top, left, height, width = map(int, box)
   part = pixels[top:top + height, left:left + width]
   if part.shape[:2] == (side, side):

@@ -8,10 +8,9 @@ on at any step without anything having been saved.
 
 import functools
 import os
+import signal
 
 from absl import flags
-import cv2
-import grain
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -185,6 +184,9 @@ def workers(configured):
 
 def _in_background(load, first, last, num_workers):
   """An iterator over load(first), ..., load(last - 1), ahead of whoever asks for them."""
+  import cv2  # slow to import, and not needed where everything is resident
+  import grain
+
   threads = 1 if num_workers else max(1, len(os.sched_getaffinity(0)))
   dataset = grain.MapDataset.range(first, last).map(load).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + _AHEAD - 1))
@@ -198,7 +200,8 @@ def _in_background(load, first, last, num_workers):
 
 
 def _prepare_worker(worker, num_workers):
-  import signal
+  import cv2
+
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run itself decides what Ctrl-C ends
   cv2.setNumThreads(1)
 

@@ -1,0 +1,32 @@
+import numpy as np
+from PIL import Image
+
+from instdisc_jax import preview
+from tests.test_folder import save
+
+
+def test_a_row_for_each_picture_with_eight_different_views(tmp_path, capsys):
+  for i in range(3):
+    coarse = np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    path = tmp_path / 'pictures' / f'{i}.png'
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(coarse).resize((60 + i, 50)).save(path)
+  output = tmp_path / 'sheet.png'
+  assert preview.main([f'--images={tmp_path / "pictures"}', f'--output={output}']) == 0
+  assert capsys.readouterr().out == f'{output}\n'
+  with Image.open(output) as image:
+    sheet = np.asarray(image).astype(int)
+  assert sheet.shape == (3 * 228 - 4, 9 * 228 + 4, 3)
+  cells = [[sheet[row * 228:row * 228 + 224, left:left + 224]
+            for left in (0, *range(232, 2056, 228))] for row in range(3)]
+  for row in cells:
+    assert len(row) == 9
+    for i, cell in enumerate(row):
+      assert cell.std() > 5  # a picture, not a blank
+      assert all(np.abs(cell - other).mean() > 2 for other in row[:i])
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['pictures', 'sheet.png']
+
+
+def test_a_single_picture_is_enough(tmp_path):
+  save(tmp_path / 'pictures' / '1.png')
+  assert preview.main([f'--images={tmp_path / "pictures"}', f'--output={tmp_path / "a.png"}']) == 0
