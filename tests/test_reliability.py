@@ -16,6 +16,7 @@ import pytest
 from instdisc_jax import checkpoint, main, metrics
 from tests import soak_kill
 from tests.conftest import small_config
+from tests.test_stream import write_pictures
 
 pytestmark = pytest.mark.slow
 LOCAL = soak_kill.ROOT / 'launch' / 'local.sh'
@@ -129,14 +130,14 @@ def _elastic_settings(dtype):
           'knn.every_epochs': 0, 'log_every_steps': 1, 'loss.name': loss, 'loss.normalizer': 'ema'}
 
 
-def _assert_close(workdir, expected, dtype):
+def _assert_close(workdir, expected, dtype, num_rows=131):
   """Losses and bank of two runs, within what DESIGN.md's elastic topology promises."""
   _, loss_tolerance, bank_tolerance = _ELASTIC[dtype]
   losses = lambda folder: [line['step_loss'] for line in metrics.read(folder)]
   assert len(losses(workdir)) == 20
   np.testing.assert_allclose(losses(workdir), losses(expected), rtol=loss_tolerance, atol=0)
   banks = [checkpoint.read(folder / 'checkpoints')['bank'] for folder in (workdir, expected)]
-  assert banks[0].shape[0] == 131 and banks[0].dtype == dtype
+  assert banks[0].shape[0] == num_rows and banks[0].dtype == dtype
   np.testing.assert_allclose(*banks, rtol=0, atol=bank_tolerance)
 
 
@@ -153,11 +154,11 @@ def test_a_run_moves_from_8_to_2_to_1_to_4_devices(tmp_path, dtype):
     _assert_close(tmp_path / 'moved', tmp_path / 'straight', dtype)
 
 
-def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20):
+def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20, **changes):
   """`launch/local.sh` with the small run on so many processes and devices."""
   settings = _elastic_settings(dtype) | {
       'steps': steps, 'model.width': 2, 'model.embedding_dim': 16, 'knn.neighbors': 5,
-      'checkpoint.every_steps': 5, 'loss.noise_count': 64}
+      'checkpoint.every_steps': 5, 'loss.noise_count': 64} | changes
   environment = soak_kill.environment() | {
       'PYTHON': sys.executable, 'JAX_ENABLE_X64': str(int(dtype == 'float64'))}
   command = [LOCAL, f'--processes={processes}', f'--devices={devices}', f'--heartbeat={heartbeat}',
@@ -176,6 +177,16 @@ def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
     _assert_close(tmp_path / 'two', tmp_path / 'one', dtype)
   summary = (tmp_path / 'two' / 'summary.json').read_text()
   assert '"num_devices": 4' in summary
+
+
+def test_two_processes_train_on_a_stream_like_one(tmp_path):
+  write_pictures(tmp_path / 'pictures')
+  changes = {'dataset.name': f'folder:{tmp_path / "pictures"}', 'dataset.limit': 37,
+             'augment.size': 24, 'batch_size': 8}
+  for name, processes, devices, workers in (('two', 2, 1, 1), ('one', 1, 2, 0)):
+    process = _local(tmp_path / name, processes, devices, **changes | {'dataset.workers': workers})
+    assert process.wait() == 0, _log(tmp_path / name)
+  _assert_close(tmp_path / 'two', tmp_path / 'one', 'float32', num_rows=37)
 
 
 def test_two_processes_stop_on_a_signal_and_one_goes_on(tmp_path):

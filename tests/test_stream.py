@@ -157,7 +157,7 @@ def test_picture_i_is_row_i_of_the_bank():
   np.testing.assert_array_equal(moved, index)
 
 
-def _write_pictures(folder):
+def write_pictures(folder):
   """40 pictures of 2 classes, of several sizes and formats."""
   random = np.random.default_rng(0)
   for i in range(40):
@@ -182,7 +182,7 @@ def _folder_config(folder):
 def trained_folder(tmp_path_factory):
   """(folder, workdir, summary) of a run of 12 steps on 32 pictures, 8 held out."""
   base = tmp_path_factory.mktemp('folder')
-  _write_pictures(base / 'pictures')
+  write_pictures(base / 'pictures')
   summary = main.run(_folder_config(base / 'pictures'), base / 'run', jax.devices()[:1])
   return base / 'pictures', base / 'run', summary
 
