@@ -441,7 +441,6 @@ def encoder(file, wide=False, gradients=True):
   variables = jax.tree.map(lambda x: jnp.asarray(x, c.dtype), convert.from_torch(state_dict, name))
   images, cotangent = jnp.asarray(images, c.dtype), c.float('cotangent')
 
-  @functools.partial(jax.jit, static_argnames='train_mode')
   def apply(variables, train_mode):
     """(embedding, pooled, output of fc, new batch_stats)."""
     seen = []
@@ -457,13 +456,23 @@ def encoder(file, wide=False, gradients=True):
                                        mutable=['batch_stats'])
     return embedding, *seen, updated['batch_stats']
 
-  embedding, pooled, fc, _ = apply(variables, False)
-  passes, stats_after_n = [], variables['batch_stats']
-  for _ in range(int(data['n_train_forwards'])):
-    passes.append(apply(variables | {'batch_stats': stats_after_n}, True))
-    stats_after_n = passes[-1][-1]
-  trained = passes[0]
-  embedding_after = apply(variables | {'batch_stats': stats_after_n}, False)[0]
+  def objective(params, batch_stats):
+    """(sum of embedding · cotangent, what `apply` gives) in training."""
+    trained = apply({'params': params, 'batch_stats': batch_stats}, True)
+    return jnp.sum(trained[0] * cotangent), trained
+
+  evaluate = jax.jit(functools.partial(apply, train_mode=False))
+  train = jax.jit(lambda *args: objective(*args)[1])
+  embedding, pooled, fc, _ = evaluate(variables)
+  params, stats_after_n = variables['params'], variables['batch_stats']
+  if gradients:
+    grads, trained = jax.jit(jax.grad(objective, has_aux=True))(params, stats_after_n)
+  for i in range(int(data['n_train_forwards'])):
+    forward = train(params, stats_after_n)
+    stats_after_n = forward[-1]
+    if i == 0 and not gradients:
+      trained = forward
+  embedding_after = evaluate(variables | {'batch_stats': stats_after_n})[0]
   suffix = '_f64' if wide else ''
   pick = lambda narrow, broad, sharp: sharp if wide else f32(narrow, broad)
   c.add(f'embedding_eval{suffix}', embedding, data[f'embedding_eval{suffix}'],
@@ -496,21 +505,13 @@ def encoder(file, wide=False, gradients=True):
       c.add(f'bn_last_running_{kind}_after', after[f'{norms[-1]}.running_{kind}'],
             data[f'bn_last_running_{kind}_after'], f32(5e-6, 5e-5))
   if gradients:
-    _add_gradients(c, model, name, variables, images, cotangent, pick, suffix)
+    _add_gradients(c, name, variables, grads, pick, suffix)
   return list(c.deviations.values())
 
 
-def _add_gradients(c, model, name, variables, images, cotangent, pick, suffix):
+def _add_gradients(c, name, variables, grads, pick, suffix):
   data = c.data
-
-  @jax.jit
-  def gradients(params):
-    embedding = model.apply(variables | {'params': params}, images, train=True,
-                            mutable=['batch_stats'])[0]
-    return jnp.sum(embedding * cotangent)
-
-  grads = convert.to_torch({'params': jax.jit(jax.grad(gradients))(variables['params']),
-                            'batch_stats': variables['batch_stats']}, name)
+  grads = convert.to_torch({'params': grads, 'batch_stats': variables['batch_stats']}, name)
   keys = list(data['grad_keys'])
   grads = {key: grads[key].astype(np.float64) for key in keys}
   norms = data[f'grad_norm{suffix}']
@@ -554,8 +555,9 @@ def _cases():
       case(nearest_neighbours, file, num_devices=devices)
   case(lr_schedule, wide=True)
   for file in MODELS:
-    case(encoder, file, wide=False, gradients=True)
-    case(encoder, file, wide=True, gradients=False)
+    large = 'resnet50' in file
+    case(encoder, file, wide=False, gradients=True, slow=large)
+    case(encoder, file, wide=True, gradients=False, slow=large)
     case(encoder, file, wide=True, gradients=True, slow=True)
   return cases
 

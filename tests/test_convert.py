@@ -318,7 +318,6 @@ def test_a_workdir_without_a_bank_goes_on_with_a_fresh_one(tmp_path, monkeypatch
   variables = _variables(name, config.model.width, config.model.embedding_dim)
   monkeypatch.setattr(convert, 'read_file', lambda file: convert.to_torch(variables, name))
   convert.import_checkpoint('file.pth', tmp_path / 'run')
-  config.augment.update(config_lib.default().augment)
   with workdir.claim(tmp_path / 'run', config, 'any data'):
     pass
   mesh = train.make_mesh(jax.devices()[:2])

@@ -1,5 +1,4 @@
 import functools
-import shutil
 
 import jax
 import numpy as np
@@ -7,6 +6,7 @@ from PIL import Image
 import pytest
 
 from instdisc_jax import augment, errors, main, metrics, train
+from instdisc_jax.data import folder as folder_lib
 from instdisc_jax.data import order, pictures, resident, stream
 from instdisc_jax.models import resnet
 from tests.conftest import small_config
@@ -207,53 +207,66 @@ def test_a_stream_stopped_in_mid_epoch_goes_on_to_the_same_bits(trained_folder, 
     assert again[key] == summary[key], key
 
 
-def test_a_changed_folder_is_refused_and_its_grown_form_goes_on_from_the_rows(
-    trained_folder, tmp_path):
+@pytest.fixture
+def one_renamed(trained_folder):
+  """The folder of that run with one of its training pictures under another name."""
   folder, workdir, _ = trained_folder
-  shutil.copytree(folder, tmp_path / 'pictures')
+  rows = folder_lib.read(workdir)['rows']
+  (folder / rows[0]).rename(folder / 'redless' / 'zz.png')
+  yield rows[0]
+  (folder / 'redless' / 'zz.png').rename(folder / rows[0])
+
+
+def test_a_changed_folder_is_refused_and_its_grown_form_goes_on_from_the_rows(
+    trained_folder, one_renamed, tmp_path):
+  folder, workdir, _ = trained_folder
+  before = {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
   config = _folder_config(folder)
-  config.dataset.name = f'folder:{tmp_path / "pictures"}'
+  with pytest.raises(errors.UserError, match=(
+      rf"1 added \(first: 'redless/zz.png'\), 1 removed \(first: '{one_renamed}'\)")):
+    main.run(config, workdir, jax.devices()[:1])
+  assert before == {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
+
+  config.model.init, config.steps = str(workdir), 1
+  main.run(config, tmp_path / 'grown', jax.devices()[:1])
+  old, new = ({name: row for name, row in zip(
+      folder_lib.read(run)['rows'], main.checkpoint.read(run / 'checkpoints')['bank'])}
+              for run in (workdir, tmp_path / 'grown'))
+  assert new.keys() - old.keys() == {'redless/zz.png'}
+  moved = {list(new)[i] for i in order.batch_index(config.seed, 0, config.batch_size, 32)}
+  kept = old.keys() & new.keys() - moved
+  assert len(kept) >= 20
+  for name in kept:
+    np.testing.assert_array_equal(new[name], old[name])
+  np.testing.assert_allclose(np.linalg.norm(new['redless/zz.png']), 1, atol=1e-6)
+  assert all(np.abs(new['redless/zz.png'] - row).max() > 1e-4 for row in old.values())
+
+
+def _pictures_of_noise(folder, count):
+  folder.mkdir()
+  for i in range(count):
+    pixels = np.random.default_rng(i).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / f'{i}.png')
+
+
+def test_one_picture_is_too_few(tmp_path):
+  _pictures_of_noise(tmp_path / 'pictures', 1)
+  config = _folder_config(tmp_path / 'pictures')
   config.dataset.validation = None
-  config.steps = 1
-  device = jax.devices()[:1]
-  main.run(config, tmp_path / 'run', device)
-  old_bank = main.checkpoint.read(tmp_path / 'run' / 'checkpoints')['bank']
-  (tmp_path / 'pictures' / 'redless' / '00.png').rename(tmp_path / 'pictures' / 'redless' / 'z.png')
-  before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
-  config.steps = 2
-  with pytest.raises(errors.UserError, match=r"1 added \(first: 'redless/z.png'\), 1 removed"):
-    main.run(config, tmp_path / 'run', device)
-  assert before == {path: path.read_bytes() for path in before}
-
-  config.model.init = str(tmp_path / 'run')
-  config.steps = 1
-  config.bank.momentum = 1.0  # rows stay as they began, but become unit vectors
-  main.run(config, tmp_path / 'grown', device)
-  bank = main.checkpoint.read(tmp_path / 'grown' / 'checkpoints')['bank']
-  listed = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*.*'))
-  assert listed[20] == 'redless/00.png'
-  kept = np.delete(np.arange(40), 20)
-  unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)
-  np.testing.assert_allclose(unit(bank[:39]), unit(old_bank[kept]), atol=1e-6)  # z.png is the last
-  np.testing.assert_allclose(np.linalg.norm(bank[39]), 1, atol=1e-6)
-  assert np.abs(bank[39] - old_bank[20]).max() > 1e-3
+  with pytest.raises(errors.UserError, match='with 1 training image, must have at least 2'):
+    main.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert not (tmp_path / 'run').exists()
 
 
-def test_two_pictures_train_and_one_does_not(tmp_path):
-  for i in range(2):
-    path = tmp_path / 'pictures' / f'{i}.png'
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(
-        path)
+@pytest.mark.slow
+def test_two_pictures_train(tmp_path):
+  _pictures_of_noise(tmp_path / 'pictures', 2)
   config = _folder_config(tmp_path / 'pictures')
   config.dataset.validation = None
   config.update(batch_size=2, steps=1)
   config.knn.neighbors = 1
   summary = main.run(config, tmp_path / 'run', jax.devices()[:1])
   assert summary['num_rows'] == 2 and summary['knn_top1'] is None
-  (tmp_path / 'pictures' / '1.png').unlink()
-  with pytest.raises(errors.UserError, match='with 1 training image, must have at least 2'):
-    main.run(config, tmp_path / 'one', jax.devices()[:1])
 
 
 def test_what_fits_is_resident_and_the_rest_is_streamed():

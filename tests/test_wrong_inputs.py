@@ -13,7 +13,7 @@ def test_one_line_says_what_to_change_and_it_is_the_page_s(case, page):
   code, text = wrong_inputs.answer(case)
   assert text.startswith({2: 'error: ', 1: 'failed: '}[code]), text
   assert text.count('\n') == 1 and 'Traceback' not in text
-  assert any(word in text for word in ('set ', 'see --help', 'remove it', 'put them after', 'wait'))
+  assert any(word in text for word in ('set ', 'see --help', 'remove ', 'put them after', 'wait'))
   assert wrong_inputs.row(case, code, text) in page
 
 

@@ -171,8 +171,8 @@ def _check_unchanged(root, found, listing, workdir):
   if differences:
     raise errors.UserError(
         f"'{root}' has changed since '{workdir}' was begun: {', '.join(differences)}; a row of the "
-        'bank would stand for another picture: put the files back, or start a new --workdir from '
-        f'this run with --config.model.init={workdir}')
+        'bank would stand for another picture: put the files back, or set --config.model.init='
+        f'{workdir} and a new --workdir to go on from this run')
 
 
 def _find_unreadable(root, names):
