@@ -90,7 +90,7 @@ def main():
           ('ours, images/s and core', rate['ours'], rate['ours'] / rate['plain PIL'])]
   for workers in (1, 2):
     many = 6 * steps
-    batches = stream._in_background(load, 0, many + 1, workers)
+    batches = stream.in_background(load, 0, many + 1, workers)
     next(batches)  # the processes have started
     start = time.perf_counter()
     for _ in range(many):

@@ -105,6 +105,8 @@ def run(config, workdir, devices=None, watch=None):
     config.dataset.path = _data_path(config, dataset.train, workdir, mesh)
   weights = None if config.model.init is None else start.read_weights(config)
   view_size = train.view_size(config, dataset.train.shape)
+  if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
+    config.augment.size = view_size[0]
   config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
 
   with contextlib.ExitStack() as stack:

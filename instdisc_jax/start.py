@@ -103,6 +103,4 @@ def _known_rows(place, dataset):
     _, fingerprint = workdir_lib.read(place)
     same = fingerprint == dataset.train.fingerprint
     return np.arange(len(dataset.train)) if same else np.full(len(dataset.train), -1)
-  row = {name: i for i, name in enumerate(old['rows'])}
-  known = lambda name: old['files'].get(name) == new['files'][name]
-  return np.array([row.get(name, -1) if known(name) else -1 for name in dataset.train.names])
+  return folder.rows_of(old, dataset.train.names, new['files'])

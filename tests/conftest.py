@@ -1,6 +1,8 @@
-"""Eight virtual CPU devices for every test, and one small trained run that many tests look at."""
+"""Eight virtual CPU devices for every test, and small trained runs that many tests look at."""
 
 import atexit
+import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +16,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 
 import jax  # noqa: E402  (after the flags are set)
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -37,9 +41,53 @@ def small_config():
   return config
 
 
+def _once(tmp_path_factory, name, make):
+  """`make(folder)` in a folder that all workers share: one makes it, the others wait."""
+  shared = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    shared = shared.parent
+  with (shared / f'{name}.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (shared / name).exists():
+      make(shared / f'{name}.partial')
+      (shared / f'{name}.partial').rename(shared / name)
+  return shared / name
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
   """(workdir, summary, config) of the small run, trained on one device."""
-  workdir = tmp_path_factory.mktemp('trained')
   config = small_config()
-  return workdir, main.run(config, workdir, jax.devices()[:1]), config
+  make = lambda folder: main.run(config, folder, jax.devices()[:1])
+  workdir = _once(tmp_path_factory, 'trained', make)
+  return workdir, json.loads((workdir / 'summary.json').read_text()), config
+
+
+def write_pictures(folder):
+  """40 pictures of 2 classes, of several sizes and formats."""
+  random = np.random.default_rng(0)
+  for i in range(40):
+    coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    coarse[..., i % 2] = 0  # each class lacks a colour
+    size = (40 + i, 60 - i // 2)
+    path = folder / ('greenless' if i % 2 else 'redless') / f'{i:02}.{"jpg" if i % 3 else "png"}'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+def folder_config(folder):
+  config = small_config()
+  config.dataset.update(name=f'folder:{folder}', limit=None, validation='0.2', workers=0)
+  config.augment.update(size=24, grayscale_first=True, flip=0.5)
+  config.batch_size = 8
+  config.knn.neighbors = 3
+  return config
+
+
+@pytest.fixture(scope='session')
+def trained_folder(tmp_path_factory):
+  """(folder, workdir, summary) of a run of 12 steps on 32 pictures, 8 held out."""
+  pictures = _once(tmp_path_factory, 'pictures', write_pictures)
+  make = lambda folder: main.run(folder_config(pictures), folder, jax.devices()[:1])
+  workdir = _once(tmp_path_factory, 'trained_folder', make)
+  return pictures, workdir, json.loads((workdir / 'summary.json').read_text())

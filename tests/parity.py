@@ -555,9 +555,8 @@ def _cases():
       case(nearest_neighbours, file, num_devices=devices)
   case(lr_schedule, wide=True)
   for file in MODELS:
-    large = 'resnet50' in file
-    case(encoder, file, wide=False, gradients=True, slow=large)
-    case(encoder, file, wide=True, gradients=False, slow=large)
+    case(encoder, file, wide=False, gradients=True, slow='resnet50' in file)
+    case(encoder, file, wide=True, gradients=False, slow='imagenet' in file)
     case(encoder, file, wide=True, gradients=True, slow=True)
   return cases
 

@@ -15,8 +15,7 @@ import pytest
 
 from instdisc_jax import checkpoint, main, metrics
 from tests import soak_kill
-from tests.conftest import small_config
-from tests.test_stream import write_pictures
+from tests.conftest import small_config, write_pictures
 
 pytestmark = pytest.mark.slow
 LOCAL = soak_kill.ROOT / 'launch' / 'local.sh'

@@ -9,7 +9,7 @@ from instdisc_jax import augment, errors, main, metrics, train
 from instdisc_jax.data import folder as folder_lib
 from instdisc_jax.data import order, pictures, resident, stream
 from instdisc_jax.models import resnet
-from tests.conftest import small_config
+from tests.conftest import folder_config, small_config
 from tests.test_main import SignalAt
 
 N, B, SIDE = 21, 6, 16
@@ -56,7 +56,7 @@ def test_indices_and_crops_are_the_chain_for_any_processes_and_workers(num_proce
   first, last = 2, 9
   parts = []
   for slots in np.split(np.arange(B), num_processes):
-    batches = stream._in_background(_load(slots), first, last, num_workers)
+    batches = stream.in_background(_load(slots), first, last, num_workers)
     parts.append(list(batches))
     batches.close()
   join = lambda k: np.concatenate([np.stack([batch[k] for batch in part]) for part in parts], 1)
@@ -99,7 +99,7 @@ def test_a_picture_that_cannot_be_read_is_named():
                                                                        range(N)])
   load = functools.partial(_load(range(B)).func, **_load(range(B)).keywords | {'pictures': bad})
   with pytest.raises(errors.UserError, match="'20.png' is no picture .*on_unreadable=skip"):
-    list(stream._in_background(load, 0, 4, 0))
+    list(stream.in_background(load, 0, 4, 0))
 
 
 def _one_step(config, path, num_devices=1):
@@ -157,36 +157,6 @@ def test_picture_i_is_row_i_of_the_bank():
   np.testing.assert_array_equal(moved, index)
 
 
-def write_pictures(folder):
-  """40 pictures of 2 classes, of several sizes and formats."""
-  random = np.random.default_rng(0)
-  for i in range(40):
-    coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    coarse[..., i % 2] = 0  # each class lacks a colour
-    size = (40 + i, 60 - i // 2)
-    path = folder / ('greenless' if i % 2 else 'redless') / f'{i:02}.{"jpg" if i % 3 else "png"}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
-
-
-def _folder_config(folder):
-  config = small_config()
-  config.dataset.update(name=f'folder:{folder}', limit=None, validation='0.2', workers=0)
-  config.augment.update(size=24, grayscale_first=True, flip=0.5)
-  config.batch_size = 8
-  config.knn.neighbors = 3
-  return config
-
-
-@pytest.fixture(scope='module')
-def trained_folder(tmp_path_factory):
-  """(folder, workdir, summary) of a run of 12 steps on 32 pictures, 8 held out."""
-  base = tmp_path_factory.mktemp('folder')
-  write_pictures(base / 'pictures')
-  summary = main.run(_folder_config(base / 'pictures'), base / 'run', jax.devices()[:1])
-  return base / 'pictures', base / 'run', summary
-
-
 def test_a_folder_of_mixed_pictures_trains_and_is_evaluated(trained_folder):
   _, workdir, summary = trained_folder
   assert summary['num_rows'] == 32 and summary['num_queries'] == 8 and summary['steps'] == 12
@@ -199,7 +169,7 @@ def test_a_folder_of_mixed_pictures_trains_and_is_evaluated(trained_folder):
 
 def test_a_stream_stopped_in_mid_epoch_goes_on_to_the_same_bits(trained_folder, tmp_path):
   folder, workdir, summary = trained_folder
-  config = _folder_config(folder)
+  config = folder_config(folder)
   with pytest.raises(errors.Stopped, match='at step 7 of 12'):
     main.run(config, tmp_path / 'run', jax.devices()[:1], watch=SignalAt(polls=6))
   again = main.run(config, tmp_path / 'run', jax.devices()[:1])
@@ -221,7 +191,7 @@ def test_a_changed_folder_is_refused_and_its_grown_form_goes_on_from_the_rows(
     trained_folder, one_renamed, tmp_path):
   folder, workdir, _ = trained_folder
   before = {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
-  config = _folder_config(folder)
+  config = folder_config(folder)
   with pytest.raises(errors.UserError, match=(
       rf"1 added \(first: 'redless/zz.png'\), 1 removed \(first: '{one_renamed}'\)")):
     main.run(config, workdir, jax.devices()[:1])
@@ -251,7 +221,7 @@ def _pictures_of_noise(folder, count):
 
 def test_one_picture_is_too_few(tmp_path):
   _pictures_of_noise(tmp_path / 'pictures', 1)
-  config = _folder_config(tmp_path / 'pictures')
+  config = folder_config(tmp_path / 'pictures')
   config.dataset.validation = None
   with pytest.raises(errors.UserError, match='with 1 training image, must have at least 2'):
     main.run(config, tmp_path / 'run', jax.devices()[:1])
@@ -261,7 +231,7 @@ def test_one_picture_is_too_few(tmp_path):
 @pytest.mark.slow
 def test_two_pictures_train(tmp_path):
   _pictures_of_noise(tmp_path / 'pictures', 2)
-  config = _folder_config(tmp_path / 'pictures')
+  config = folder_config(tmp_path / 'pictures')
   config.dataset.validation = None
   config.update(batch_size=2, steps=1)
   config.knn.neighbors = 1

@@ -230,8 +230,6 @@ CASES = [
     _setting('pictures that are not square, streamed as they are', _ARRAYS, 'dataset.path=stream',
              'batch_size=8', prepare=_saves(images=_PICTURES[:, :20])),
     _setting('weights that are missing', 'model.init=none.pth'),
-    _setting('weights that are none', 'model.init=a.pth', prepare=_writes('a.pth', 'text'),
-             foreign=True),
     _setting('start from a folder that is no run', 'model.init=.'),
     Case('unknown preset', 'main', ['--config=imagenet.py:resnet19', '--workdir=run'],
          _writes('imagenet.py', (ROOT / 'configs' / 'imagenet.py').read_text())),

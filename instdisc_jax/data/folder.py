@@ -162,6 +162,19 @@ def keep(listing, rows, workdir):
   os.replace(partial, file)
 
 
+def rows_of(listing, names, sizes):
+  """The rows that a run's bank has for pictures: [n] int32, -1 where it has none.
+
+  Args:
+    listing: of the run, see `read`.
+    names: [n] paths.
+    sizes: {path: size in bytes}; a picture of another size is another picture.
+  """
+  row = {name: i for i, name in enumerate(listing['rows'])}
+  known = lambda name: listing['files'].get(name) == sizes[name]
+  return np.array([row.get(name, -1) if known(name) else -1 for name in names], np.int32)
+
+
 def _check_unchanged(root, found, listing, workdir):
   known = listing['files']
   added, removed = sorted(found.keys() - known.keys()), sorted(known.keys() - found.keys())

@@ -58,7 +58,7 @@ class Stream:
     """(images [B, side, side, 3] uint8, index [1, B]) of the batch at `step`, on the devices."""
     if step != self._step:
       self.close()
-      self._batches = _in_background(self._load, step, self._last_step, self._workers)
+      self._batches = in_background(self._load, step, self._last_step, self._workers)
       self._step = step
     images, index = next(self._batches)
     self._step += 1
@@ -161,7 +161,7 @@ class Views:
                              side=self.side)
     # Processes take seconds to start: threads do for one chunk in each.
     count = -(-len(self) // total)
-    batches = _in_background(load, 0, count, self._workers if count > 8 else 0)
+    batches = in_background(load, 0, count, self._workers if count > 8 else 0)
     try:
       for images in batches:
         yield _place(images, mesh=self._mesh, slots=slots, total=total)
@@ -182,8 +182,18 @@ def workers(configured):
   return max(0, min(16, len(os.sched_getaffinity(0)) - 2))
 
 
-def _in_background(load, first, last, num_workers):
-  """An iterator over load(first), ..., load(last - 1), ahead of whoever asks for them."""
+def in_background(load, first, last, num_workers):
+  """Runs a function ahead of whoever asks for its results.
+
+  Args:
+    load: picklable; called with first, first + 1, ..., last - 1.
+    first: an integer.
+    last: likewise, exclusive.
+    num_workers: processes; 0 for threads of this one.
+
+  Returns:
+    An iterator over the results in order, with `close()`.
+  """
   import cv2  # slow to import, and not needed where everything is resident
   import grain
 

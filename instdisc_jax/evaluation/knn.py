@@ -173,6 +173,11 @@ def top1_grid(similarity, row, labels, query_labels, ks, temperatures):
   return correct
 
 
+def unit(rows):
+  """Rows [N, D] with a norm of 1, on the host; zeros stay."""
+  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 def recall(row, exact_row):
   """Share of the exact neighbours [Q, K] among those found [Q, K]."""
   return float(np.mean([np.isin(exact, found).mean() for exact, found in zip(exact_row, row)]))

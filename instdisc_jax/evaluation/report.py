@@ -97,7 +97,7 @@ class Evaluator:
     flat = self._pixels(self._train)
     mean = flat.mean(axis=0)
     queries = flat if self.own_row is not None else self._pixels(self.queries)
-    return self._top1(*self._search(_unit(queries - mean), self._shard(_unit(flat - mean))))
+    return self._top1(*self._search(knn.unit(queries - mean), self._shard(knn.unit(flat - mean))))
 
   def picture(self, pictures, i):
     """[H, W, 3] uint8 of a picture, to look at."""
@@ -179,8 +179,8 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
       'knn_top1_untrained': evaluator.recomputed(untrained)[0],
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': fitted.images_per_second,
-      'params_digest': _digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
-      'bank_digest': _digest([distributed.gather(state.bank)[:evaluator.num_rows]]),
+      'params_digest': digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
+      'bank_digest': digest([distributed.gather(state.bank)[:evaluator.num_rows]]),
       'normalizer': float(state.normalizer) or None,
       'wall_seconds': wall_clock(),
   }
@@ -286,12 +286,9 @@ def _save_picture(figure, path):
   plt.close(figure)
 
 
-def _unit(x):
-  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _digest(arrays):
-  digest = hashlib.sha256()
+def digest(arrays):
+  """SHA-256 of the bytes of arrays, one after the other, in hexadecimal."""
+  result = hashlib.sha256()
   for array in arrays:
-    digest.update(np.ascontiguousarray(array).tobytes())
-  return digest.hexdigest()
+    result.update(np.ascontiguousarray(array).tobytes())
+  return result.hexdigest()

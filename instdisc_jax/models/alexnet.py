@@ -37,10 +37,11 @@ class AlexNet(nn.Module):
   def __call__(self, x, train):
     wide = jnp.promote_types(self.dtype, jnp.float32)
     norm = lambda name: layers.BatchNorm(train, self.batch_norm_axis, self.dtype, name=name)
-    for i, channels, kernel, stride, padding, pool in _CONVS:
+    for stage, (i, channels, kernel, stride, padding, pool) in enumerate(_CONVS):
       x = Conv(channels * self.width // 64, kernel, stride, self.dtype, layers.HE_INIT,
                padding=padding, name=f'features_{i}')(x)
       x = nn.relu(norm(f'features_{i + 1}')(x))
+      layers.show(self, f'conv{stage + 1}', x)
       if pool:
         x = layers.max_pool(x, 3, 2)
     x = layers.average_to(x, POOLED)
@@ -48,4 +49,5 @@ class AlexNet(nn.Module):
     for i in (0, 3):
       x = layers.linear(x, self.width * 64, self.dtype, use_bias=False, name=f'classifier_{i}')
       x = nn.relu(norm(f'classifier_{i + 1}')(x))
+    layers.show(self, 'pooled', x)
     return layers.embed(x.astype(wide), self.embedding_dim, wide)

@@ -87,6 +87,12 @@ def embed(x, embedding_dim, dtype):
       linear(x, embedding_dim, dtype, precision=lax.Precision.HIGHEST, name='fc'))
 
 
+def show(module, name, x):
+  """Lets who asks for the collection 'stages' see what a stage gives; others pay nothing."""
+  if not module.is_initializing():
+    module.sow('stages', f'{name}_output', x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
 def max_pool(x, size, stride, padding=0):
   """Max pooling, [B, H, W, C]."""
   return nn.max_pool(x, (size, size), (stride, stride), padding=((padding, padding),) * 2)

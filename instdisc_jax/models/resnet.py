@@ -83,6 +83,7 @@ class ResNet(nn.Module):
     else:
       x = conv(self.width, 7, 2, name='conv1')(x)
     x = nn.relu(norm(name='bn1')(x))
+    layers.show(self, 'conv1', x)
     if not self.cifar:
       x = layers.max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
@@ -90,4 +91,7 @@ class ResNet(nn.Module):
         stride = 2 if stage > 0 and i == 0 else 1
         x = self.block(self.width * 2**stage, stride, conv, norm,
                        name=f'layer{stage + 1}_{i}')(x)
-    return layers.embed(x.mean((1, 2), dtype=wide), self.embedding_dim, wide)
+      layers.show(self, f'conv{stage + 2}', x)
+    x = x.mean((1, 2), dtype=wide)
+    layers.show(self, 'pooled', x)
+    return layers.embed(x, self.embedding_dim, wide)

@@ -36,8 +36,8 @@ class VGG(nn.Module):
   def __call__(self, x, train):
     wide = jnp.promote_types(self.dtype, jnp.float32)
     i = 0
-    for stage in _STAGES:
-      for multiple in stage:
+    for stage, multiples in enumerate(_STAGES):
+      for multiple in multiples:
         x = Conv(multiple * self.width, 3, 1, self.dtype, layers.HE_INIT, use_bias=True,
                  name=f'features_{i}')(x)
         if self.batch_norm:
@@ -45,10 +45,12 @@ class VGG(nn.Module):
           x = layers.BatchNorm(train, self.batch_norm_axis, self.dtype, name=f'features_{i}')(x)
         x = nn.relu(x)
         i += 2
+      layers.show(self, f'conv{stage + 1}', x)
       x = layers.max_pool(x, 2, 2)
       i += 1
     x = layers.average_to(x, POOLED)
     x = x.reshape(x.shape[0], -1)
     for i in (0, 3):
       x = nn.relu(layers.linear(x, self.width * 64, self.dtype, name=f'classifier_{i}'))
+    layers.show(self, 'pooled', x)
     return layers.embed(x.astype(wide), self.embedding_dim, wide)

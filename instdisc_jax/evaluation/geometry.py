@@ -1,0 +1,70 @@
+"""How the embeddings lie on the sphere, and how far the memory bank lags behind them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_PAIRS = 4096  # pictures whose pairs uniformity is taken over: all of them, or a seeded sample
+
+
+def alignment(first, second):
+  """Mean squared distance of two views' embeddings (Wang and Isola, 2020, Eq. 1, α = 2).
+
+  Args:
+    first: [N, D] unit-norm embeddings of one view of each picture.
+    second: [N, D] of another.
+
+  Returns:
+    A float from 0 (the views are one) to 4.
+  """
+  return float(np.mean(np.sum((first - second)**2, axis=1)))
+
+
+def uniformity(embedding, seed=0):
+  """Log of the mean Gaussian potential of all pairs (Wang and Isola, 2020, Eq. 2, t = 2).
+
+  Args:
+    embedding: [N, D] unit-norm; of more than 4,096 a sample is taken.
+    seed: of the sample.
+
+  Returns:
+    A float: 0 if all are alike, below if they spread.
+  """
+  if len(embedding) > _PAIRS:
+    embedding = embedding[np.random.RandomState(seed).permutation(len(embedding))[:_PAIRS]]
+  return float(_uniformity(jnp.asarray(embedding)))
+
+
+@jax.jit
+def _uniformity(x):
+  n = x.shape[0]
+  squared = jnp.maximum(2 - 2 * jnp.matmul(x, x.T, precision='highest'), 0)
+  potential = jnp.where(jnp.eye(n, dtype=bool), 0, jnp.exp(-2 * squared))
+  return jnp.log(potential.sum() / (n * (n - 1)))
+
+
+def effective_rank(embedding):
+  """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+
+  Args:
+    embedding: [N, D].
+
+  Returns:
+    A float from 1 to min(N, D).
+  """
+  share = np.linalg.svd(embedding, compute_uv=False)
+  share = share[share > 0] / share.sum()
+  return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def staleness(bank, embedding):
+  """1 - mean cosine of a picture's row in the bank and its fresh embedding.
+
+  Args:
+    bank: [N, D] unit-norm rows.
+    embedding: [N, D] unit-norm, of the same pictures.
+
+  Returns:
+    A float from 0 (the bank is up to date) to 2.
+  """
+  return float(1 - np.mean(np.sum(bank * embedding, axis=1)))

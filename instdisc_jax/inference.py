@@ -1,0 +1,230 @@
+"""A trained workdir as an object: embeddings, neighbours and classes of any pictures."""
+
+import functools
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from instdisc_jax import checkpoint, data, errors, models, train
+from instdisc_jax import config as config_lib
+from instdisc_jax import workdir as workdir_lib
+from instdisc_jax.data import decode, folder, stream
+from instdisc_jax.evaluation import features, knn, report
+
+CHUNK = 64  # most pictures per call of the encoder
+
+
+def load(workdir):
+  """Opens the newest sound checkpoint of a workdir.
+
+  Args:
+    workdir: of a run, or made by `convert`.
+
+  Returns:
+    A `Model`.
+
+  Raises:
+    errors.UserError: there is none.
+  """
+  settings, _ = workdir_lib.read(workdir)
+  config = config_lib.default()
+  known = config_lib.flatten(config)  # `convert` leaves settings out: they keep their defaults
+  config.update_from_flattened_dict({
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in settings.items() if key in known})
+  state = checkpoint.read(pathlib.Path(workdir) / 'checkpoints')
+  return Model(workdir, config, state)
+
+
+class Model:
+  """An encoder and its memory bank.
+
+  Args:
+    workdir: where they come from.
+    config: of the run.
+    state: as `checkpoint.read` gives it.
+
+  Attributes:
+    workdir: a path.
+    config: a `ConfigDict`.
+    bank: [N, D] unit-norm rows, `np.ndarray`; None of weights that came without one.
+  """
+
+  def __init__(self, workdir, config, state):
+    self.workdir, self.config = pathlib.Path(workdir), config
+    bank = state['bank']
+    self.bank = None if bank is None else knn.unit(np.asarray(bank, np.float32))
+    encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,
+                            width=config.model.width, dtype=config.model.dtype)
+    self._mesh = train.make_mesh(jax.local_devices()[:1])
+    self._side = config.augment.size
+    size = None if self._side is None else (self._side,) * 2
+    call = features.map_over_mesh(encoder, self._mesh, config.augment.mean, config.augment.std,
+                                  size)
+    self._encode = functools.partial(call, state['params'], state['batch_stats'])
+
+  @functools.cached_property
+  def dataset(self):
+    """The `data.Dataset` that the run was trained on; raises `errors.UserError` if it is gone."""
+    dataset = data.load(self.config.dataset, self.config.seed, self.workdir)
+    _, fingerprint = workdir_lib.read(self.workdir)
+    if fingerprint not in (None, dataset.train.fingerprint):
+      raise errors.UserError(f"'{self.workdir}' was trained on other data of the name "
+                             f'{dataset.name}: put them back')
+    return dataset
+
+  @property
+  def labels(self):
+    """[N] int32 class of each row, or None."""
+    return self.dataset.train.labels
+
+  @property
+  def class_names(self):
+    """The name of each class, or None."""
+    return self.dataset.class_names
+
+  def embed(self, images):
+    """Embeddings, as the evaluation computes them.
+
+    Args:
+      images: [B, H, W, 3] uint8, or one [H, W, 3], or a list of such pictures and of paths, of any
+        sizes where the run has an `augment.size`.
+
+    Returns:
+      [B, D] float32 unit-norm `np.ndarray`.
+
+    Raises:
+      errors.UserError: of another shape or type, or a file that gives no picture.
+    """
+    if isinstance(images, (str, os.PathLike, bytes)) or getattr(images, 'ndim', None) == 3:
+      images = [images]
+    views = [self._view(i, image) for i, image in enumerate(images)]
+    if len({view.shape for view in views}) > 1:
+      shapes = sorted({view.shape[:2] for view in views})
+      raise errors.UserError(f'images have the sizes {shapes[0]} and {shapes[1]}, must have one '
+                             'size: this encoder was trained without --config.augment.size')
+    result = np.zeros((len(views), self.config.model.embedding_dim), np.float32)
+    for start in range(0, len(views), CHUNK):
+      part = views[start:start + CHUNK]
+      count = min(CHUNK, 1 << (len(part) - 1).bit_length())  # few sizes are compiled
+      padded = np.stack(part + part[-1:] * (count - len(part)))
+      result[start:start + len(part)] = self._encode(padded, 0, count)[:len(part)]
+    return result
+
+  def embed_all(self, source, first=0):
+    """Embeddings of many pictures, read and decoded ahead of the encoder.
+
+    Args:
+      source: `data.Pictures`.
+      first: the chunk to begin with.
+
+    Yields:
+      [n, D] float32 of the next `CHUNK` pictures; the last has what is left.
+
+    Raises:
+      errors.UserError: see `embed`; it names the picture.
+    """
+    count = -(-len(source) // CHUNK)
+    views = stream.in_background(functools.partial(self._views, source), first, count,
+                                 stream.workers(self.config.dataset.workers) if count > 16 else 0)
+    try:
+      yield from map(self.embed, views)
+    finally:
+      views.close()
+
+  def _views(self, source, chunk):
+    rows = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
+    views = []
+    for i in rows:
+      try:
+        views.append(self._view(i, source.files[i]))
+      except (OSError, errors.UserError) as e:
+        reason = errors.one_line(e).removeprefix(f'image {i} ')
+        raise errors.UserError(f'{source.name(i)} {reason}') from e
+    return views
+
+  def neighbors(self, images, k=20):
+    """The rows of the bank nearest to each picture.
+
+    Args:
+      images: see `embed`.
+      k: how many, at most N.
+
+    Returns:
+      (similarity [B, k] float32, row [B, k] int32), most similar first.
+
+    Raises:
+      errors.UserError: see `embed`; or there is no bank, or k is out of range.
+    """
+    if self.bank is None:
+      raise errors.UserError(f"'{self.workdir}' has weights but no bank: train on it first")
+    if not 1 <= k <= len(self.bank):
+      raise errors.UserError(f'k is {k}, must be from 1 to the {len(self.bank)} rows of the bank')
+    similarity, row = knn.nearest(self.embed(images), self.bank, k=k)
+    return np.asarray(similarity), np.asarray(row)
+
+  def classify(self, images):
+    """Weighted kNN (Section 3.4) with the K and τ of the run.
+
+    Args:
+      images: see `embed`.
+
+    Returns:
+      [B] int, class numbers; `class_names` has their names.
+
+    Raises:
+      errors.UserError: see `neighbors`; or the data have no labels.
+    """
+    if self.labels is None:
+      raise errors.UserError(f'{self.dataset.name} has no labels to classify by')
+    similarity, row = self.neighbors(images, min(self.config.knn.neighbors, len(self.bank)))
+    scores = knn.vote(similarity, self.labels[row], self.config.knn.temperature,
+                      int(self.labels.max()) + 1)
+    return np.argmax(scores, axis=1)
+
+  def rows_of(self, names, sizes):
+    """The bank's row of each picture of a folder that the run was trained on.
+
+    Args:
+      names: [n] paths relative to the folder.
+      sizes: {path: size in bytes}; a picture of another size is another picture.
+
+    Returns:
+      [n] int32, -1 where it has none.
+    """
+    listing = folder.read(self.workdir)
+    if listing is None or self.bank is None:
+      return np.full(len(names), -1, np.int32)
+    return folder.rows_of(listing, names, sizes)
+
+  def digest(self):
+    """SHA-256 of the weights."""
+    params, batch_stats = self._encode.args
+    return report.digest(jax.tree.leaves((params, batch_stats)))
+
+  def _view(self, i, image):
+    """[H, W, 3] uint8 of one picture, as the encoder gets it."""
+    name = f'image {i}'
+    if isinstance(image, (str, os.PathLike)):
+      name = f"'{image}'"
+      try:
+        image = pathlib.Path(image).read_bytes()
+      except OSError as e:
+        raise errors.UserError(f"'{image}' can't be read ({e.strerror})") from e
+    elif not isinstance(image, np.ndarray) and hasattr(image, '__array__'):
+      image = np.asarray(image)
+    if isinstance(image, np.ndarray) and (
+        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape):
+      raise errors.UserError(f'{name} is {image.dtype} {list(image.shape)}, must be uint8 '
+                             '[H, W, 3]')
+    if not isinstance(image, (np.ndarray, bytes)):
+      raise errors.UserError(f'{name} is a {type(image).__name__}, must be a uint8 array '
+                             '[H, W, 3] or a path')
+    try:
+      if self._side is None or self.config.dataset.path == 'resident':
+        return decode.decode(image)  # cut on the device, as in the evaluation
+      return decode.view(image, functools.partial(decode.centre_box, side=self._side), self._side)
+    except decode.UnreadableError as e:
+      raise errors.UserError(f'{name} {e}') from e

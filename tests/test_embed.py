@@ -1,0 +1,123 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import instdisc_jax
+from instdisc_jax import embed, errors, inference, preemption
+from instdisc_jax.data import folder as folder_lib
+
+
+def _run(workdir, images, output):
+  return embed.main([f'--workdir={workdir}', f'--images={images}', f'--output={output}'])
+
+
+def test_embeddings_paths_and_rows_of_a_folder(trained_folder, tmp_path, capsys):
+  folder, workdir, _ = trained_folder
+  assert _run(workdir, folder, tmp_path / 'a.npz') == 0
+  assert capsys.readouterr().out == f'{tmp_path / "a.npz"}: 40 embeddings\n'
+  with np.load(tmp_path / 'a.npz', allow_pickle=False) as file:
+    path, embedding, index = file['path'], file['embedding'], file['index']
+  assert path.tolist() == sorted(folder_lib.scan(folder))
+  model = instdisc_jax.load(workdir)
+  np.testing.assert_allclose(
+      embedding, model.embed([folder / name for name in path]), atol=1e-6)
+  rows = folder_lib.read(workdir)['rows']
+  assert [path[i] for i in np.argsort(index) if index[i] >= 0] == rows  # in the bank's order
+  assert (index < 0).sum() == 8  # held out
+  assert [p.name for p in tmp_path.iterdir()] == ['a.npz']
+
+
+class _StopAfter(preemption.Watch):
+  """As if SIGTERM came at the n-th chance to ask."""
+
+  def __init__(self, checks):
+    super().__init__()
+    self._left = checks
+
+  def check(self):
+    self._left -= 1
+    if self._left == 0:
+      self.signal = 'SIGTERM'
+    super().check()
+
+
+def test_stopped_half_way_it_goes_on_to_the_same_file(
+    trained_folder, tmp_path, monkeypatch):
+  folder, workdir, _ = trained_folder
+  monkeypatch.setattr(inference, 'CHUNK', 4)
+  monkeypatch.setattr(embed, '_PART', 2)
+  model = instdisc_jax.load(workdir)
+  embed.embed(model, folder, tmp_path / 'whole.npz', preemption.Watch())
+  with pytest.raises(errors.Stopped):
+    embed.embed(model, folder, tmp_path / 'a.npz', _StopAfter(checks=7))  # 3 parts and a half
+  assert not (tmp_path / 'a.npz').exists()
+  parts = tmp_path / 'a.npz.partial'
+  done = {file.name: file.stat().st_mtime_ns for file in parts.glob('[0-9]*.npy')}
+  assert sorted(done) == ['0.npy', '1.npy', '2.npy']
+  with pytest.raises(errors.Stopped):
+    embed.embed(model, folder, tmp_path / 'a.npz', _StopAfter(checks=2))
+  assert done.items() <= {f.name: f.stat().st_mtime_ns for f in parts.glob('[0-9]*.npy')}.items()
+  embed.embed(model, folder, tmp_path / 'a.npz', preemption.Watch())
+  assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'whole.npz').read_bytes()
+  assert not parts.exists()
+
+
+def test_parts_of_other_pictures_are_not_used(trained_folder, tmp_path):
+  folder, workdir, _ = trained_folder
+  parts = tmp_path / 'a.npz.partial'
+  parts.mkdir()
+  (parts / 'identity.json').write_text('{"weights": "others"}')
+  np.save(parts / '0.npy', np.zeros((1024, 16), np.float32))
+  assert _run(workdir, folder, tmp_path / 'a.npz') == 0
+  with np.load(tmp_path / 'a.npz') as file:
+    np.testing.assert_allclose(np.linalg.norm(file['embedding'], axis=1), 1, atol=1e-5)
+
+
+def test_pictures_of_no_run_have_no_row(trained_folder, tmp_path):
+  _, workdir, _ = trained_folder
+  (tmp_path / 'new').mkdir()
+  Image.new('RGB', (50, 40), 'red').save(tmp_path / 'new' / '1.png')
+  assert _run(workdir, tmp_path / 'new', tmp_path / 'a.npz') == 0
+  with np.load(tmp_path / 'a.npz') as file:
+    assert file['index'].tolist() == [-1]
+
+
+def test_an_unreadable_picture_is_named(trained_folder, tmp_path, capsys):
+  _, workdir, _ = trained_folder
+  (tmp_path / 'new').mkdir()
+  (tmp_path / 'new' / '1.jpg').write_text('text')
+  assert _run(workdir, tmp_path / 'new', tmp_path / 'a.npz') == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert error.startswith("error: '1.jpg' is no picture (UnidentifiedImageError)")
+  assert not (tmp_path / 'a.npz').exists()
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_ends_with_the_same_file(trained_folder, tmp_path):
+  _, workdir, _ = trained_folder
+  images = tmp_path / 'images'
+  images.mkdir()
+  random = np.random.default_rng(0)
+  for i in range(5000):
+    coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    coarse.resize((160, 120)).save(images / f'{i:04}.jpg')
+  command = lambda output: [sys.executable, '-m', 'instdisc_jax.embed', f'--workdir={workdir}',
+                            f'--images={images}', f'--output={output}']
+  subprocess.run(command(tmp_path / 'whole.npz'), check=True)
+  killed = subprocess.Popen(command(tmp_path / 'a.npz'))
+  parts = tmp_path / 'a.npz.partial'
+  while not (parts / '1.npy').exists():
+    assert killed.poll() is None, 'it ended before it could be killed'
+    time.sleep(0.01)
+  os.kill(killed.pid, signal.SIGKILL)
+  killed.wait()
+  assert not (tmp_path / 'a.npz').exists()
+  subprocess.run(command(tmp_path / 'a.npz'), check=True)
+  assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'whole.npz').read_bytes()

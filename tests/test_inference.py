@@ -1,0 +1,103 @@
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import instdisc_jax
+from instdisc_jax import data, errors, preemption, train
+from instdisc_jax.evaluation import report
+from instdisc_jax.main import checkpoint, models
+
+
+@pytest.fixture(scope='module')
+def model(trained):
+  return instdisc_jax.load(trained[0])
+
+
+@pytest.fixture(scope='module')
+def digits(trained):
+  return data.load(trained[2].dataset, 0)
+
+
+def _evaluated(config, dataset, workdir):
+  """Embeddings of the held-out pictures as the run's own evaluation computes them."""
+  mesh = train.make_mesh(jax.devices()[:1])
+  encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,
+                          width=config.model.width)
+  optimizer = train.make_optimizer(config, len(dataset.train))
+  size = train.view_size(config, dataset.train.shape)
+  like = train.init_state(config, encoder, optimizer, len(dataset.train), (*size, 3), mesh)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, len(dataset.train), mesh)
+  state = checkpoints.restore(like)
+  checkpoints.close()
+  feed = train.make_feed(config, dataset.train, mesh)
+  evaluator = report.Evaluator(config, dataset, encoder, mesh, feed, preemption.Watch())
+  return evaluator.embed(state, dataset.test)
+
+
+def test_embeddings_are_the_evaluation_s_whatever_the_batch_size(trained, model, digits):
+  workdir, _, config = trained
+  config = config.copy_and_resolve_references()
+  config.dataset.path = 'resident'
+  expected = _evaluated(config, digits, workdir)
+  images = digits.test.files
+  for size in (500, 70, 3):
+    np.testing.assert_allclose(model.embed(images[:size]), expected[:size], atol=1e-6)
+  np.testing.assert_allclose(model.embed(images[7]), expected[7:8], atol=1e-6)
+  np.testing.assert_allclose(model.embed(list(images[:3])), expected[:3], atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-5)
+  assert len(model.embed(images[:0])) == 0
+
+
+def test_paths_and_arrays_of_any_size_where_a_view_has_one(trained_folder):
+  folder, workdir, _ = trained_folder
+  model = instdisc_jax.load(workdir)
+  expected = _evaluated(model.config, model.dataset, workdir)
+  paths = [folder / name for name in model.dataset.test.names]
+  found = model.embed(paths)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  np.testing.assert_allclose(model.embed(str(paths[2])), expected[2:3], atol=1e-6)
+  pngs = [path for path in paths if path.suffix == '.png']
+  arrays = [np.asarray(Image.open(path)) for path in pngs]
+  np.testing.assert_allclose(model.embed(arrays), model.embed(pngs), atol=1e-6)
+  assert model.class_names == ('greenless', 'redless')
+  similarity, row = model.neighbors(paths, 5)
+  assert similarity.shape == row.shape == (8, 5)
+  assert model.classify(paths).shape == (8,) and set(model.classify(paths).tolist()) <= {0, 1}
+
+
+def test_neighbours_and_classes_are_brute_force_s(model, digits):
+  from sklearn import neighbors
+  queries = model.embed(digits.test.files[:100])
+  similarity, row = model.neighbors(digits.test.files[:100], 5)
+  brute = neighbors.NearestNeighbors(n_neighbors=5, metric='cosine', algorithm='brute')
+  distance, _ = brute.fit(model.bank).kneighbors(queries)
+  np.testing.assert_allclose(1 - similarity, distance, atol=1e-5)
+  found = np.einsum('qd,qkd->qk', queries, model.bank[row])
+  np.testing.assert_allclose(found, similarity, atol=1e-5)
+  scores = np.zeros((100, 10))
+  for i, (s, r) in enumerate(zip(similarity, row)):
+    for x, label in zip(s, digits.train.labels[r]):
+      scores[i, label] += np.exp(x / 0.1)
+  np.testing.assert_array_equal(model.classify(digits.test.files[:100]), scores.argmax(axis=1))
+  np.testing.assert_array_equal(model.labels, digits.train.labels)
+
+
+@pytest.mark.parametrize('images, message', [
+    (np.zeros((2, 8, 8, 3)), r'image 0 is float64 \[8, 8, 3\], must be uint8 \[H, W, 3\]'),
+    (np.zeros((2, 8, 8), np.uint8), r'image 0 is uint8 \[2, 8, 8\], must be uint8 \[H, W, 3\]'),
+    ([np.zeros((8, 8, 3), np.uint8), 'nowhere.png'], "'nowhere.png' can't be read"),
+    ([3], r'image 0 is a int, must be a uint8 array \[H, W, 3\] or a path'),
+    ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)],
+     r'images have the sizes \(8, 8\) and \(9, 8\), must have one size'),
+])
+def test_wrong_images_are_named(model, images, message):
+  with pytest.raises(errors.UserError, match=message):
+    model.embed(images)
+
+
+def test_wrong_calls_are_named(model, tmp_path):
+  with pytest.raises(errors.UserError, match='k is 129, must be from 1 to the 128 rows'):
+    model.neighbors(np.zeros((1, 32, 32, 3), np.uint8), 129)
+  with pytest.raises(errors.UserError, match="no '.*config.json'"):
+    instdisc_jax.load(tmp_path)
