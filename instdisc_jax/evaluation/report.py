@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import warnings
 
 import jax
 from jax.sharding import NamedSharding
@@ -258,7 +259,7 @@ def neighbors(evaluator, dataset, row):
   """A figure of a dozen queries beside their nearest training pictures, right and wrong marked."""
   queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
   shown = min(_SHOWN, row.shape[1])
-  name = lambda label: dataset.class_names[label] if dataset.class_names else str(label)
+  name = lambda label: dataset.class_names[label][:12] if dataset.class_names else str(label)
   figure, grid = plt.subplots(len(queries), shown + 1, squeeze=False, layout='constrained',
                               figsize=(0.85 * (shown + 1), 0.95 * len(queries)))
   for line, query in zip(grid, queries):
@@ -282,7 +283,9 @@ def neighbors(evaluator, dataset, row):
 
 
 def _save_picture(figure, path):
-  figure.savefig(path, dpi=110)
+  with warnings.catch_warnings():  # class names in letters that no font here has: boxes
+    warnings.filterwarnings('ignore', message='Glyph .* missing')
+    figure.savefig(path, dpi=110)
   plt.close(figure)
 
 
