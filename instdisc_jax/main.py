@@ -110,7 +110,7 @@ def run(config, workdir, devices=None, watch=None):
   config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
 
   with contextlib.ExitStack() as stack:
-    feed = stack.enter_context(contextlib.closing(train.make_feed(config, dataset.train, mesh)))
+    feed = train.make_feed(config, dataset.train, mesh)
     workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.train.fingerprint))
     if dataset.listing is not None:
       distributed.first_only(lambda: folder.keep(
@@ -145,10 +145,11 @@ def run(config, workdir, devices=None, watch=None):
       state = start.with_rows(state, config.model.init, dataset, evaluator, mesh)
     metrics = stack.enter_context(contextlib.closing(metrics_lib.Metrics(workdir, saved or 0)))
     wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
-    state, fitted = train.fit(
-        state, feed, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
-        mesh=mesh, checkpoints=checkpoints, pending_losses=pending_losses, metrics=metrics,
-        progress=progress, watch=watch, evaluate=evaluator.from_bank, wall_clock=wall_clock)
+    with contextlib.closing(feed):
+      state, fitted = train.fit(
+          state, feed, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
+          mesh=mesh, checkpoints=checkpoints, pending_losses=pending_losses, metrics=metrics,
+          progress=progress, watch=watch, evaluate=evaluator.from_bank, wall_clock=wall_clock)
     summary = report.finish(workdir, state, begin(), evaluator, config, dataset, fitted, wall_clock)
     progress.close()
     report.show(summary, workdir, progress.console)

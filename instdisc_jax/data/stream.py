@@ -230,7 +230,7 @@ def _place(local, *, mesh, slots, total, lead=0):
     start, stop, _ = where[lead].indices(total)
     first = np.searchsorted(slots, start)
     mine = local[first:first + stop - start].reshape((1,) * lead + (stop - start, *local.shape[1:]))
-    return mine.copy()  # a CPU device would keep a worker's shared memory in use
+    return np.array(mine)  # a copy: a CPU device would keep a worker's shared memory in use
 
   spec = P(*(None,) * lead, *mesh.axis_names)
   return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
