@@ -49,21 +49,25 @@ class Model:
   Attributes:
     workdir: a path.
     config: a `ConfigDict`.
+    step: of the checkpoint.
     bank: [N, D] unit-norm rows, `np.ndarray`; None of weights that came without one.
+    encoder: a Linen module.
+    variables: its (params, batch_stats).
   """
 
   def __init__(self, workdir, config, state):
-    self.workdir, self.config = pathlib.Path(workdir), config
+    self.workdir, self.config, self.step = pathlib.Path(workdir), config, int(state['step'])
     bank = state['bank']
     self.bank = None if bank is None else knn.unit(np.asarray(bank, np.float32))
-    encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,
-                            width=config.model.width, dtype=config.model.dtype)
-    self._mesh = train.make_mesh(jax.local_devices()[:1])
-    self._side = config.augment.size
-    size = None if self._side is None else (self._side,) * 2
-    call = features.map_over_mesh(encoder, self._mesh, config.augment.mean, config.augment.std,
-                                  size)
-    self._encode = functools.partial(call, state['params'], state['batch_stats'])
+    self.encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,
+                                 width=config.model.width, dtype=config.model.dtype)
+    self.variables = state['params'], state['batch_stats']
+    # Of a resident run the device cuts the views out, as in its evaluation; else the host does.
+    self._side = None if config.dataset.path == 'resident' else config.augment.size
+    size = None if config.augment.size is None else (config.augment.size,) * 2
+    self._encode = features.map_over_mesh(
+        self.encoder, train.make_mesh(jax.local_devices()[:1]), config.augment.mean,
+        config.augment.std, size)
 
   @functools.cached_property
   def dataset(self):
@@ -100,7 +104,7 @@ class Model:
     """
     if isinstance(images, (str, os.PathLike, bytes)) or getattr(images, 'ndim', None) == 3:
       images = [images]
-    views = [self._view(i, image) for i, image in enumerate(images)]
+    views = [_view(image, f'image {i}', self._side) for i, image in enumerate(images)]
     if len({view.shape for view in views}) > 1:
       shapes = sorted({view.shape[:2] for view in views})
       raise errors.UserError(f'images have the sizes {shapes[0]} and {shapes[1]}, must have one '
@@ -110,7 +114,7 @@ class Model:
       part = views[start:start + CHUNK]
       count = min(CHUNK, 1 << (len(part) - 1).bit_length())  # few sizes are compiled
       padded = np.stack(part + part[-1:] * (count - len(part)))
-      result[start:start + len(part)] = self._encode(padded, 0, count)[:len(part)]
+      result[start:start + len(part)] = self._encode(*self.variables, padded, 0, count)[:len(part)]
     return result
 
   def embed_all(self, source, first=0):
@@ -126,24 +130,18 @@ class Model:
     Raises:
       errors.UserError: see `embed`; it names the picture.
     """
+    yield from map(self.embed, self.views_of(source, first))
+
+  def views_of(self, source, first=0):
+    """Lists of up to `CHUNK` views, as `embed_all` reads them."""
     count = -(-len(source) // CHUNK)
-    views = stream.in_background(functools.partial(self._views, source), first, count,
+    read = functools.partial(_read_views, source=source, side=self._side, size=CHUNK)
+    views = stream.in_background(read, first, count,
                                  stream.workers(self.config.dataset.workers) if count > 16 else 0)
     try:
-      yield from map(self.embed, views)
+      yield from views
     finally:
       views.close()
-
-  def _views(self, source, chunk):
-    rows = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
-    views = []
-    for i in rows:
-      try:
-        views.append(self._view(i, source.files[i]))
-      except (OSError, errors.UserError) as e:
-        reason = errors.one_line(e).removeprefix(f'image {i} ')
-        raise errors.UserError(f'{source.name(i)} {reason}') from e
-    return views
 
   def neighbors(self, images, k=20):
     """The rows of the bank nearest to each picture.
@@ -201,30 +199,40 @@ class Model:
 
   def digest(self):
     """SHA-256 of the weights."""
-    params, batch_stats = self._encode.args
-    return report.digest(jax.tree.leaves((params, batch_stats)))
+    return report.digest(jax.tree.leaves(self.variables))
 
-  def _view(self, i, image):
-    """[H, W, 3] uint8 of one picture, as the encoder gets it."""
-    name = f'image {i}'
-    if isinstance(image, (str, os.PathLike)):
-      name = f"'{image}'"
-      try:
-        image = pathlib.Path(image).read_bytes()
-      except OSError as e:
-        raise errors.UserError(f"'{image}' can't be read ({e.strerror})") from e
-    elif not isinstance(image, np.ndarray) and hasattr(image, '__array__'):
-      image = np.asarray(image)
-    if isinstance(image, np.ndarray) and (
-        image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape):
-      raise errors.UserError(f'{name} is {image.dtype} {list(image.shape)}, must be uint8 '
-                             '[H, W, 3]')
-    if not isinstance(image, (np.ndarray, bytes)):
-      raise errors.UserError(f'{name} is a {type(image).__name__}, must be a uint8 array '
-                             '[H, W, 3] or a path')
+
+def _read_views(chunk, *, source, side, size):
+  """[H, W, 3] uint8 of each picture of a chunk; for threads and worker processes."""
+  views = []
+  for i in range(chunk * size, min((chunk + 1) * size, len(source))):
     try:
-      if self._side is None or self.config.dataset.path == 'resident':
-        return decode.decode(image)  # cut on the device, as in the evaluation
-      return decode.view(image, functools.partial(decode.centre_box, side=self._side), self._side)
-    except decode.UnreadableError as e:
-      raise errors.UserError(f'{name} {e}') from e
+      views.append(_view(source.files[i], source.name(i), side))
+    except OSError as e:
+      raise errors.UserError(f"{source.name(i)} can't be read ({e.strerror})") from e
+  return views
+
+
+def _view(image, name, side):
+  """[H, W, 3] uint8 of one picture, as the encoder gets it; of a `side` unless that is None."""
+  if isinstance(image, (str, os.PathLike)):
+    name = f"'{image}'"
+    try:
+      image = pathlib.Path(image).read_bytes()
+    except OSError as e:
+      raise errors.UserError(f"'{image}' can't be read ({e.strerror})") from e
+  elif not isinstance(image, np.ndarray) and hasattr(image, '__array__'):
+    image = np.asarray(image)
+  if isinstance(image, np.ndarray) and (
+      image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape):
+    raise errors.UserError(f'{name} is {image.dtype} {list(image.shape)}, must be uint8 '
+                           '[H, W, 3]')
+  if not isinstance(image, (np.ndarray, bytes)):
+    raise errors.UserError(f'{name} is a {type(image).__name__}, must be a uint8 array '
+                           '[H, W, 3] or a path')
+  try:
+    if side is None:
+      return decode.decode(image)
+    return decode.view(image, functools.partial(decode.centre_box, side=side), side)
+  except decode.UnreadableError as e:
+    raise errors.UserError(f'{name} {e}') from e

@@ -15,6 +15,16 @@ _CHUNK = 256  # most images per device and call,
 _CHUNK_PIXELS = 2**22  # and most pixels
 
 
+def prepare(images, mean, std, size=None):
+  """What the encoder gets of pictures [n, H, W, 3] uint8, without augmentation; see below."""
+  if size is None or images.shape[1:3] == tuple(size):
+    x = images.astype(jnp.float32) / 255
+  else:
+    box = decode.centre_box(*images.shape[1:3], size[0])
+    x = augment.crop_and_resize(images, jnp.tile(jnp.array(box), (len(images), 1)), size)
+  return augment.normalize(x, mean, std)
+
+
 def map_over_mesh(encoder, mesh, mean, std, size=None, resident=True):
   """The encoder over the mesh, jitted.
 
@@ -33,13 +43,8 @@ def map_over_mesh(encoder, mesh, mean, std, size=None, resident=True):
     are moved back. Not `resident`, `start` is 0 and there are devices · count pictures.
   """
   def encode(params, batch_stats, part):
-    if size is None or part.shape[1:3] == tuple(size):
-      x = part.astype(jnp.float32) / 255
-    else:
-      box = decode.centre_box(*part.shape[1:3], size[0])
-      x = augment.crop_and_resize(part, jnp.tile(jnp.array(box), (len(part), 1)), size)
     return encoder.apply({'params': params, 'batch_stats': batch_stats},
-                         augment.normalize(x, mean, std), train=False)
+                         prepare(part, mean, std, size), train=False)
 
   def device_part(params, batch_stats, images, start, count):
     if resident:
