@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import convert, main, preview, workdir
+from instdisc_jax import convert, embed, evaluate, main, preview, workdir
 from instdisc_jax.data import folder as folder_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,7 +32,7 @@ class Case:
 
   Attributes:
     what: is wrong, in words.
-    command: main, convert, preview or launch/local.sh.
+    command: launch/local.sh, or a module of `instdisc_jax`.
     arguments: of the command; run in an empty folder.
     prepare: makes in that folder what the mistake needs; what it yields stays meanwhile.
     foreign: whether the message quotes another library.
@@ -255,6 +255,15 @@ CASES = [
     Case('export of no run', 'convert', ['--workdir=run', '--to=a.pth']),
     Case('export of a run without a checkpoint', 'convert', ['--workdir=run', '--to=a.pth'],
          _begun()),
+    Case('evaluation of no run', 'evaluate', ['--workdir=run', '--protocol=knn']),
+    Case('unknown protocol', 'evaluate', ['--workdir=run', '--protocol=knn,tsne']),
+    Case('evaluation without a protocol', 'evaluate', ['--workdir=run']),
+    Case('embedding with no run', 'embed',
+         ['--workdir=run', '--images=pictures', '--output=a.npz']),
+    Case('embedding into another format', 'embed',
+         ['--workdir=run', '--images=pictures', '--output=a.csv']),
+    Case('embedding into a missing folder', 'embed',
+         ['--workdir=run', '--images=pictures', '--output=b/a.npz']),
     Case('processes in words', 'launch/local.sh', ['--processes=two', '--', '--workdir=run']),
     Case('nothing to launch', 'launch/local.sh', ['--devices=2']),
     Case('unknown argument', 'launch/local.sh', ['--hosts=3', '--', '--workdir=run']),
@@ -288,7 +297,8 @@ def answer(case):
                             check=False)
       code, text = done.returncode, done.stderr
     else:
-      module = {'main': main, 'convert': convert, 'preview': preview}[case.command]
+      module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
+                'evaluate': evaluate}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)
       text = errors.getvalue()
