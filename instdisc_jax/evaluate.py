@@ -4,6 +4,7 @@
                features and bank rows
     linear     a softmax probe on each stage of the encoder
     svm        a linear SVM on the pooled features and on the embedding
+    few_label  fine-tuning with 1 to 20% of the labels, beside the same encoder from random weights
     geometry   uniformity, effective rank, and how far the bank lags behind
 """
 
@@ -14,12 +15,13 @@ import logging
 import pathlib
 import sys
 
+import jax
 import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
 
-from instdisc_jax import checkpoint, data, errors, inference
-from instdisc_jax.evaluation import geometry, knn, probes, stages
+from instdisc_jax import checkpoint, data, errors, inference, train
+from instdisc_jax.evaluation import few_label, geometry, knn, probes, stages
 
 FILE = 'evaluations.jsonl'
 _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
@@ -38,6 +40,8 @@ class Sets:
     test_labels: [Q] int.
     num_classes: C.
     bank: [N, D] rows of the training pictures, or None of another data set.
+    train_pictures: `data.Pictures`, N of them.
+    test_pictures: `data.Pictures`, Q of them.
   """
   model: inference.Model
   train: dict
@@ -46,6 +50,8 @@ class Sets:
   test_labels: np.ndarray
   num_classes: int
   bank: np.ndarray | None
+  train_pictures: data.Pictures
+  test_pictures: data.Pictures
 
 
 def prepare(model, name=None):
@@ -74,15 +80,16 @@ def prepare(model, name=None):
     shuffled = np.random.RandomState(0).permutation(len(rows))
     test_rows, rows = map(np.sort, np.split(shuffled, [max(1, round(_HELD_OUT * len(rows)))]))
   folder = model.workdir / 'features'
-  train = stages.collect(model, dataset.train, folder)
+  known = stages.collect(model, dataset.train, folder)
   if dataset.test is None:
-    test, test_labels = ({k: x[test_rows] for k, x in train.items()},
+    test, test_labels = ({k: x[test_rows] for k, x in known.items()},
                          dataset.train.labels[test_rows])
   else:
     test, test_labels = stages.collect(model, dataset.test, folder), dataset.test.labels
-  return Sets(model, {k: x[rows] for k, x in train.items()}, dataset.train.labels[rows], test,
+  return Sets(model, {k: x[rows] for k, x in known.items()}, dataset.train.labels[rows], test,
               test_labels, int(max(dataset.train.labels.max(), test_labels.max())) + 1,
-              None if bank is None else bank[rows])
+              None if bank is None else bank[rows], dataset.train.subset(rows, 'train'),
+              dataset.test or dataset.train.subset(test_rows, 'test'))
 
 
 def nearest_neighbours(sets):
@@ -123,6 +130,22 @@ def support_vectors(sets):
           for name in ('pooled', stages.EMBEDDING)]
 
 
+def fine_tune(sets):
+  """A row of results for each share of the labels and start.
+
+  Of streamed pictures the central views are what is cropped from.
+  """
+  model = sets.model
+  pictures = [np.concatenate([np.stack(views) for views in model.views_of(source)])
+              for source in (sets.train_pictures, sets.test_pictures)]
+  random = model.encoder.init(jax.random.key(model.config.seed), np.zeros(
+      (1, *train.view_size(model.config, pictures[0].shape[1:]), 3), np.float32), train=False)
+  starts = {'trained': model.variables,
+            'random': (random['params'], random.get('batch_stats', {}))}
+  return few_label.measure(model.encoder, starts, pictures[0], sets.train_labels, pictures[1],
+                           sets.test_labels, num_classes=sets.num_classes, config=model.config)
+
+
 def measure_geometry(sets):
   """One row of results, of the embeddings of the training pictures."""
   embedding = np.asarray(sets.train[stages.EMBEDDING])
@@ -135,7 +158,7 @@ def measure_geometry(sets):
 
 
 PROTOCOLS = {'knn': nearest_neighbours, 'linear': linear, 'svm': support_vectors,
-             'geometry': measure_geometry}
+             'few_label': fine_tune, 'geometry': measure_geometry}
 
 
 def show(protocol, results, console):

@@ -1,0 +1,43 @@
+import jax
+import numpy as np
+import pytest
+
+from instdisc_jax import models
+from instdisc_jax.evaluation import few_label
+from tests.conftest import small_config
+
+
+def test_the_chosen_labels_are_balanced_and_seeded():
+  labels = np.random.default_rng(0).choice(4, 1000, p=[0.1, 0.2, 0.3, 0.4])
+  chosen = few_label.choose(labels, 0.02, seed=0)
+  np.testing.assert_array_equal(np.bincount(labels[chosen]), [5, 5, 5, 5])
+  assert len(set(chosen.tolist())) == 20
+  np.testing.assert_array_equal(few_label.choose(labels, 0.02, seed=0), chosen)
+  assert not np.array_equal(few_label.choose(labels, 0.02, seed=1), chosen)
+  assert np.bincount(labels[few_label.choose(labels, 0.0001, seed=0)]).tolist() == [1, 1, 1, 1]
+  assert len(few_label.choose(np.array([0, 0, 0, 1]), 1.0, seed=0)) == 3  # two of 0, the only 1
+
+
+@pytest.mark.slow
+def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
+  monkeypatch.setattr(few_label, 'SHARES', (0.25,))
+  monkeypatch.setattr(few_label, 'SEEDS', (0, 1))
+  monkeypatch.setattr(few_label, '_STEPS', 40)
+  config = small_config()
+  config.augment.update(hue=0.0, grayscale=0.0)
+  random = np.random.default_rng(0)
+  labels = random.integers(0, 2, 80)
+  images = random.integers(0, 256, (80, 16, 16, 3), dtype=np.uint8)
+  images[np.arange(80), ..., labels * 2] //= 8  # class 0 lacks red, class 1 blue
+  encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
+  variables = encoder.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
+  starts = {'random': (variables['params'], variables['batch_stats'])}
+  result, = few_label.measure(encoder, starts, images[:60], labels[:60], images[60:], labels[60:],
+                              num_classes=2, config=config)
+  assert result['labels'] == 0.25 and result['images'] in (14, 16)
+  assert result['start'] == 'random' and result['top1'] > 0.85
+  assert result['interval'] >= 0
+  shuffled, = few_label.measure(encoder, starts, images[:60], random.permutation(labels[:60]),
+                                images[60:], labels[60:], num_classes=2, config=config)
+  assert shuffled['top1'] < 0.85
+  assert not any(x.is_deleted() for x in jax.tree.leaves(variables))  # the step donates a copy
