@@ -9,11 +9,9 @@ import shutil
 import sys
 
 import numpy as np
-from rich import console as rich_console
-from rich import progress as rich_progress
 
 from instdisc_jax import checkpoint, errors, inference, preemption
-from instdisc_jax.data import folder
+from instdisc_jax.data import folder, pictures
 
 _PART = 16  # chunks of pictures to a part, which is what a kill may lose
 
@@ -42,7 +40,7 @@ def embed(model, images, output, watch, on_unreadable='error'):
   try:
     done = _continue(parts, {'weights': model.digest(), 'pictures': source.fingerprint})
     size = inference.CHUNK * _PART
-    with _progress() as progress:
+    with pictures.progress('embedding') as progress:
       task = progress.add_task('embedding', total=len(source), completed=min(done * size,
                                                                              len(source)))
       waiting = []
@@ -92,14 +90,6 @@ def _write_part(parts, number, chunks):
   os.replace(partial, parts / f'{number}.npy')
   chunks.clear()
   return number + 1
-
-
-def _progress():
-  console = rich_console.Console(stderr=True)
-  return rich_progress.Progress(
-      rich_progress.TextColumn('{task.description}'), rich_progress.BarColumn(),
-      rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(), console=console,
-      transient=True, disable=not console.is_terminal)
 
 
 def main(argv=None):
