@@ -555,8 +555,9 @@ def _cases():
       case(nearest_neighbours, file, num_devices=devices)
   case(lr_schedule, wide=True)
   for file in MODELS:
-    case(encoder, file, wide=False, gradients=True, slow='resnet50' in file)
-    case(encoder, file, wide=True, gradients=False, slow='imagenet' in file)
+    large = 'imagenet' in file  # 224 pixels
+    case(encoder, file, wide=False, gradients=True, slow=large)
+    case(encoder, file, wide=True, gradients=False, slow=large)
     case(encoder, file, wide=True, gradients=True, slow=True)
   return cases
 

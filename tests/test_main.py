@@ -112,6 +112,7 @@ def test_fewer_steps_than_taken_is_an_error(trained):
     main.run(config, workdir, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_unlabelled_arrays_train_on_8_devices_and_show_neighbours(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (37, 12, 16, 3), dtype=np.uint8)
   np.savez(tmp_path / 'a.npz', images=images)

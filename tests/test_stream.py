@@ -1,4 +1,5 @@
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -6,6 +7,7 @@ from PIL import Image
 import pytest
 
 from instdisc_jax import augment, errors, main, metrics, train
+from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.data import folder as folder_lib
 from instdisc_jax.data import order, pictures, resident, stream
 from instdisc_jax.models import resnet
@@ -178,25 +180,31 @@ def test_a_stream_stopped_in_mid_epoch_goes_on_to_the_same_bits(trained_folder, 
 
 
 @pytest.fixture
-def one_renamed(trained_folder):
-  """The folder of that run with one of its training pictures under another name."""
-  folder, workdir, _ = trained_folder
-  rows = folder_lib.read(workdir)['rows']
-  (folder / rows[0]).rename(folder / 'redless' / 'zz.png')
-  yield rows[0]
-  (folder / 'redless' / 'zz.png').rename(folder / rows[0])
+def one_renamed(trained_folder, tmp_path):
+  """A copy of that run and of its folder, one of its training pictures under another name."""
+  for source, name in zip(trained_folder[:2], ('pictures', 'run')):
+    shutil.copytree(source, tmp_path / name)
+  folder, workdir = tmp_path / 'pictures', tmp_path / 'run'
+  settings, fingerprint = workdir_lib.read(workdir)
+  workdir_lib.write(workdir, settings | {'dataset.name': f'folder:{folder}'}, fingerprint)
+  first = folder_lib.read(workdir)['rows'][0]
+  (folder / first).rename(folder / 'redless' / 'zz.png')
+  return folder, workdir, first
 
 
-def test_a_changed_folder_is_refused_and_its_grown_form_goes_on_from_the_rows(
-    trained_folder, one_renamed, tmp_path):
-  folder, workdir, _ = trained_folder
+def test_a_changed_folder_is_refused(one_renamed):
+  folder, workdir, renamed = one_renamed
   before = {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
-  config = folder_config(folder)
   with pytest.raises(errors.UserError, match=(
-      rf"1 added \(first: 'redless/zz.png'\), 1 removed \(first: '{one_renamed}'\)")):
-    main.run(config, workdir, jax.devices()[:1])
+      rf"1 added \(first: 'redless/zz.png'\), 1 removed \(first: '{renamed}'\)")):
+    main.run(folder_config(folder), workdir, jax.devices()[:1])
   assert before == {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
 
+
+@pytest.mark.slow
+def test_a_grown_folder_goes_on_from_the_rows_of_a_run(one_renamed, tmp_path):
+  folder, workdir, _ = one_renamed
+  config = folder_config(folder)
   config.model.init, config.steps = str(workdir), 1
   main.run(config, tmp_path / 'grown', jax.devices()[:1])
   old, new = ({name: row for name, row in zip(
