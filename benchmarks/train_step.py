@@ -31,7 +31,7 @@ def set_up(args):
   config.loss.update(name=args.loss, normalizer='ema')
   encoder = models.create(args.model, width=args.width, dtype=config.model.dtype)
   optimizer = train.make_optimizer(config, args.rows)
-  state = train.init_state(config, encoder, optimizer, args.rows, (args.side, args.side, 3), mesh)
+  state = train.make_init(config, encoder, optimizer, args.rows, (args.side, args.side, 3), mesh)()
   return config, encoder, optimizer, state, mesh
 
 

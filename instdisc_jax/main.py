@@ -120,7 +120,7 @@ def run(config, workdir, devices=None, watch=None):
         dtype=config.model.dtype,
         batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
     optimizer = train.make_optimizer(config, num_rows)
-    init = lambda: train.init_state(config, encoder, optimizer, num_rows, (*view_size, 3), mesh)
+    init = train.make_init(config, encoder, optimizer, num_rows, (*view_size, 3), mesh)
     checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(
         workdir / 'checkpoints', config.checkpoint.keep, num_rows, mesh)))
     checkpoints.set_damaged_aside()

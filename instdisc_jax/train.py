@@ -108,8 +108,8 @@ def make_optimizer(config, num_rows):
       optax.sgd(learning_rate_schedule(config, num_rows), momentum=config.optimizer.momentum))
 
 
-def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
-  """A fresh `TrainState`, born in its shardings.
+def make_init(config, encoder, optimizer, num_rows, image_shape, mesh):
+  """What makes a fresh `TrainState`, born in its shardings; compiled at its first call.
 
   Args:
     config: the run's configuration.
@@ -120,7 +120,7 @@ def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
     mesh: the device mesh.
 
   Returns:
-    The state; the same numbers whatever the mesh.
+    () -> the state; the same numbers whatever the mesh.
   """
   def init():
     params_key, bank_key = jax.random.split(_stream(config, _INIT))
@@ -135,7 +135,7 @@ def init_state(config, encoder, optimizer, num_rows, image_shape, mesh):
   # XLA:CPU spends seconds on optimising the random numbers of every layer; this runs once.
   options = {'xla_backend_optimization_level': 0} if on_cpu(mesh) else None
   return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)),
-                 compiler_options=options)()
+                 compiler_options=options)
 
 
 def view_size(config, image_shape):

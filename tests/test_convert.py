@@ -322,8 +322,8 @@ def test_a_workdir_without_a_bank_goes_on_with_a_fresh_one(tmp_path, monkeypatch
     pass
   mesh = train.make_mesh(jax.devices()[:2])
   encoder = models.create(name, width=config.model.width, embedding_dim=config.model.embedding_dim)
-  fresh = train.init_state(config, encoder, train.make_optimizer(config, 129), 129, (32, 32, 3),
-                           mesh)
+  fresh = train.make_init(config, encoder, train.make_optimizer(config, 129), 129, (32, 32, 3),
+                          mesh)()
   checkpoints = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', 1, 129, mesh)
   state = checkpoints.restore(fresh)
   checkpoints.close()

@@ -26,7 +26,7 @@ def _evaluated(config, dataset, workdir):
                           width=config.model.width)
   optimizer = train.make_optimizer(config, len(dataset.train))
   size = train.view_size(config, dataset.train.shape)
-  like = train.init_state(config, encoder, optimizer, len(dataset.train), (*size, 3), mesh)
+  like = train.make_init(config, encoder, optimizer, len(dataset.train), (*size, 3), mesh)()
   checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, len(dataset.train), mesh)
   state = checkpoints.restore(like)
   checkpoints.close()

@@ -54,7 +54,7 @@ def test_the_weights_of_a_run_become_the_encoder_on_any_devices(trained):
   mesh = train.make_mesh(jax.devices()[:4])
   encoder = models.create(config.model.name, embedding_dim=16, width=2)
   optimizer = train.make_optimizer(config, 128)
-  fresh = train.init_state(config, encoder, optimizer, 128, (32, 32, 3), mesh)
+  fresh = train.make_init(config, encoder, optimizer, 128, (32, 32, 3), mesh)()
   state = start.with_weights(fresh, variables)
   for name in ('params', 'batch_stats'):
     for old, new, at_first in zip(*map(jax.tree.leaves, (

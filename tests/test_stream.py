@@ -113,7 +113,7 @@ def _one_step(config, path, num_devices=1):
   encoder = resnet.ResNet(resnet.BasicBlock, (1,), True, embedding_dim=16, width=4,
                           dtype=config.model.dtype, batch_norm_axis=train.AXIS)
   optimizer = train.make_optimizer(config, N)
-  state = train.init_state(config, encoder, optimizer, N, (SIDE, SIDE, 3), mesh)
+  state = train.make_init(config, encoder, optimizer, N, (SIDE, SIDE, 3), mesh)()
   before = jax.device_get(state)
   feed = train.make_feed(config, whole, mesh)
   run_steps = train.map_over_mesh(mesh, functools.partial(

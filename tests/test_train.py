@@ -36,7 +36,7 @@ def _set_up(config, num_devices, step_fn=train.train_step):
       dtype=config.model.dtype,
       batch_norm_axis=train.AXIS if config.model.sync_batch_norm else None)
   optimizer = train.make_optimizer(config, N)
-  state = train.init_state(config, encoder, optimizer, N, IMAGES.shape[1:], mesh)
+  state = train.make_init(config, encoder, optimizer, N, IMAGES.shape[1:], mesh)()
   run_steps = train.map_over_mesh(mesh, functools.partial(
       step_fn, config=config, encoder=encoder, optimizer=optimizer, num_rows=N))
   return state, run_steps, mesh

@@ -260,24 +260,31 @@ def neighbors(evaluator, dataset, row):
   queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
   shown = min(_SHOWN, row.shape[1])
   name = lambda label: dataset.class_names[label][:12] if dataset.class_names else str(label)
-  figure, grid = plt.subplots(len(queries), shown + 1, squeeze=False, layout='constrained',
-                              figsize=(0.85 * (shown + 1), 0.95 * len(queries)))
-  for line, query in zip(grid, queries):
+  height = 1.25  # of a line, whose pictures are 1 by 1
+  # One pair of axes for all: matplotlib needs seconds for one a picture.
+  figure, axes = plt.subplots(layout='constrained', figsize=(
+      0.85 * 1.08 * (shown + 1), 0.85 * height * len(queries) + 0.3))
+  for line, query in enumerate(queries):
     pictures = [evaluator.picture(evaluator.queries, query),
                 *(evaluator.picture(dataset.train, i) for i in row[query, :shown])]
     labels = [None] * len(pictures)
     if evaluator.has_labels:
       labels = [evaluator.queries.labels[query], *dataset.train.labels[row[query, :shown]]]
-    for i, (axes, picture, label) in enumerate(zip(line, pictures, labels)):
-      axes.imshow(picture, interpolation='nearest')
-      axes.set(xticks=[], yticks=[])
+    for i, (picture, label) in enumerate(zip(pictures, labels)):
+      x, y = 1.08 * i, height * line
+      half = np.array(picture.shape[:2]) / max(picture.shape[:2]) / 2
+      left, right, top, bottom = x - half[1], x + half[1], y - half[0], y + half[0]
+      axes.imshow(picture, interpolation='nearest', extent=(left, right, bottom, top))
       if label is None:
         continue
-      right = label == labels[0]
-      color = 'black' if i == 0 else '#2ca02c' if right else '#d62728'
-      mark = '' if i == 0 else '✓ ' if right else '✗ '
-      axes.set_title(mark + name(label), fontsize=7, color=color, pad=2)
-      axes.spines[:].set(color=color, linewidth=1 if i == 0 else 2)
+      same = label == labels[0]
+      color = 'black' if i == 0 else '#2ca02c' if same else '#d62728'
+      mark = '' if i == 0 else '✓ ' if same else '✗ '
+      axes.text(x, top - 0.04, mark + name(label), fontsize=7, color=color, ha='center')
+      axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color=color,
+                                   linewidth=1 if i == 0 else 2))
+  axes.set(xlim=(-0.54, 1.08 * shown + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
+  axes.axis('off')
   figure.suptitle('query, and its nearest training images', x=0, ha='left', fontsize=9)
   return figure
 
