@@ -108,9 +108,10 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(tmp_path, cap
     assert words in message or file.name == 'manifest.json'
     assert checkpoints.latest_step() == 6 and int(checkpoints.restore(state).step) == 6
     assert (tmp_path / f'{number}-damaged' / '9.0').is_dir()
-    checkpoints.save(state.replace(step=jax.device_put(jnp.int32(9), state.step.sharding)))
+    if number == 0:
+      checkpoints.save(state.replace(step=jax.device_put(jnp.int32(9), state.step.sharding)))
     checkpoints.close()
-    assert checkpoint.read(folder)['step'] == 9
+    assert checkpoint.read(folder)['step'] == (6 if number else 9)
 
 
 def test_with_every_checkpoint_damaged_nothing_is_touched(tmp_path):

@@ -19,7 +19,9 @@ PICTURES = pictures.Pictures(IMAGES, None, '')
 
 
 def _config(**loss):
+  """Mostly the same settings, so that tests load what others compiled."""
   config = small_config()
+  config.optimizer.learning_rate = 1e-4
   config.model.sync_batch_norm = True
   config.batch_size = B
   config.epochs = 20
@@ -59,6 +61,7 @@ def _run(config, num_devices, num_steps, per_dispatch=1):
 @pytest.fixture(scope='module')
 def float64_runs():
   config = _config()
+  config.optimizer.learning_rate = small_config().optimizer.learning_rate
   config.model.dtype = config.bank.dtype = 'float64'
   with jax.enable_x64(True):
     return [_run(config, n, 20)[:2] for n in (1, 2, 4, 8)]
@@ -67,7 +70,6 @@ def float64_runs():
 @pytest.fixture(scope='module')
 def float32_runs():
   config = _config()
-  config.optimizer.learning_rate = 1e-4
   return [_run(config, n, 20)[:2] for n in (1, 2, 4, 8)]
 
 
@@ -108,7 +110,6 @@ def test_the_sampled_losses_are_the_same_on_1_and_8_devices(loss):
 
 def test_many_steps_in_one_dispatch_equal_single_steps():
   config = _config()
-  config.optimizer.learning_rate = 1e-4
   history, bank, state = _run(config, 1, 5)
   together, bank_together, state_together = _run(config, 1, 5, per_dispatch=8)
   np.testing.assert_allclose(together['loss'], history['loss'], rtol=1e-5)
@@ -235,7 +236,8 @@ def test_noise_of_the_step_is_the_bank_s_own_draw(monkeypatch):
     seen.append((index.shape, noise_count, num_rows))
     return original(key, step, index, noise_count, num_rows)
   monkeypatch.setattr(bank_lib, 'noise', spy)
-  _run(_config(name='sampled_softmax'), 4, 1)
+  state, run_steps, mesh = _set_up(_config(name='sampled_softmax'), 4)
+  run_steps.trace(state, *resident.Resident(PICTURES, mesh, 0, B, 1).at(0), 1)
   assert seen[0] == ((B,), 20, N)  # for the global batch, over the true rows
 
 
