@@ -108,10 +108,7 @@ def main(argv=None):
                         help='what becomes of files that give no picture')
     args = parser.parse_args(argv)
     output = pathlib.Path(args.output)
-    if output.suffix != '.npz':
-      raise errors.UserError(f"--output is '{output}', must end in .npz: set --output")
-    if not output.absolute().parent.is_dir():
-      raise errors.UserError(f"no folder '{output.parent}' for --output: make it, or set --output")
+    errors.check_place(output, '.npz')
     logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
     checkpoint.leave_errors_to_orbax()
     with preemption.Watch() as watch:

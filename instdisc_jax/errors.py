@@ -50,6 +50,14 @@ def is_no_space(error):
           or any(text in str(error) for text in _NO_SPACE_TEXTS))
 
 
+def check_place(output, suffix=''):
+  """Raises `UserError` unless a file of that suffix, or a folder, could be made at `output`."""
+  if suffix and output.suffix != suffix:
+    raise UserError(f"--output is '{output}', must end in {suffix}: set --output")
+  if not output.absolute().parent.is_dir():
+    raise UserError(f"no folder '{output.parent}' for --output: make it, or set --output")
+
+
 def warn(text):
   """A line on stderr, from the first process."""
   if jax.process_index() == 0:

@@ -77,10 +77,7 @@ def main(argv=None):
                         help='whose augment settings are shown (default: those for photographs)')
     args, overrides = parser.parse_known_args(argv)
     output = pathlib.Path(args.output)
-    if output.suffix != '.png':
-      raise errors.UserError(f"--output is '{output}', must end in .png: set --output")
-    if not output.absolute().parent.is_dir():
-      raise errors.UserError(f"no folder '{output.parent}' for --output: make it, or set --output")
+    errors.check_place(output, '.png')
     if args.config is None and overrides:
       raise errors.UserError(f"unknown argument '{overrides[0]}': see --help, or set --config, too")
     config = config_lib.default()

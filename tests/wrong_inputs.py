@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import convert, embed, evaluate, main, preview, workdir
+from instdisc_jax import convert, embed, evaluate, main, preview, retrieve, workdir
 from instdisc_jax.data import folder as folder_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -264,6 +264,12 @@ CASES = [
          ['--workdir=run', '--images=pictures', '--output=a.csv']),
     Case('embedding into a missing folder', 'embed',
          ['--workdir=run', '--images=pictures', '--output=b/a.npz']),
+    Case('page of no run', 'retrieve', ['--workdir=run', '--output=page']),
+    Case('page in the place of something else', 'retrieve', ['--workdir=run', '--output=notes'],
+         _writes('notes/todo.txt', '')),
+    Case('page in a missing folder', 'retrieve', ['--workdir=run', '--output=b/page']),
+    Case('page without queries', 'retrieve',
+         ['--workdir=run', '--output=page', '--queries=0']),
     Case('processes in words', 'launch/local.sh', ['--processes=two', '--', '--workdir=run']),
     Case('nothing to launch', 'launch/local.sh', ['--devices=2']),
     Case('unknown argument', 'launch/local.sh', ['--hosts=3', '--', '--workdir=run']),
@@ -298,7 +304,7 @@ def answer(case):
       code, text = done.returncode, done.stderr
     else:
       module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
-                'evaluate': evaluate}[case.command]
+                'evaluate': evaluate, 'retrieve': retrieve}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)
       text = errors.getvalue()

@@ -1,0 +1,240 @@
+"""A web page of what an encoder finds alike: queries beside their nearest training pictures.
+
+One folder, opened from disk, without a server. A click on any picture makes it the query; other
+tabs show the pairs that are nearly the same picture, and the pictures that are like no other.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+from PIL import Image
+
+from instdisc_jax import checkpoint, errors, inference
+from instdisc_jax.data import decode, folder, pictures
+from instdisc_jax.evaluation import knn
+
+NEIGHBORS = 20  # of each picture
+_QUERIES = 1000
+_WHOLE = 5000  # up to so many training pictures all are on the page, else those that it shows
+_SCANNED = 50_000  # training pictures that are looked at for duplicates and outliers
+_LISTED = 200  # of either
+_CROWD = 5  # an outlier is far from its so many nearest
+_SIDE = 128  # of a picture on the page, in pixels, the longer one
+_TEMPLATE = pathlib.Path(__file__).with_suffix('.html')
+_MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # what shows a folder to be ours
+
+
+def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error'):
+  """Makes the page.
+
+  Similarities are cosines between a query's fresh embedding and rows of the memory bank; of a
+  training picture, between its own row and the others.
+
+  Args:
+    model: `inference.Model`.
+    output: the folder to make: index.html, data.js and pictures/.
+    images: a folder of pictures to ask about; by default the held-out pictures of the run's data,
+      or, where there are none, the training pictures.
+    num_queries: most of them, evenly spread.
+    on_unreadable: see `folder.load`, for `images`.
+
+  Returns:
+    How many queries there are.
+
+  Raises:
+    errors.UserError: there is no bank, the data are gone, or a picture can't be read.
+  """
+  trained, bank = model.dataset.train, model.bank
+  if bank is None:
+    raise errors.UserError(f"'{model.workdir}' has weights but no bank: train on it first")
+  if len(trained) < 2:
+    raise errors.UserError(f"'{model.workdir}' was trained on one picture, which has no neighbours")
+  queries, titles = model.dataset.test, 'held-out pictures'
+  class_names = _class_names(model)
+  if images is not None:
+    queries, names, _ = folder.load(images, on_unreadable, setting='set --images=FOLDER')
+    queries, titles = _relabelled(queries, names, class_names), f'pictures of {images}'
+
+  closest, order = _scan(bank, model.config.seed)
+  pairs, alone = _duplicates(*closest, order), _outliers(closest[0], order)
+  if queries is None:
+    asked, titles = _spread(len(trained), num_queries), 'training pictures'
+    shown = asked
+  else:
+    asked = _spread(len(queries), num_queries)
+    query_names, queries = _names(queries, asked, 'test'), queries.subset(asked, 'queries')
+    embedding = np.concatenate(list(model.embed_all(queries)))
+    k = min(NEIGHBORS, len(bank))
+    similarity, row = map(np.asarray, knn.nearest(embedding, bank, k=k))
+    shown = np.unique(row)
+  if len(trained) <= _WHOLE:
+    shown = np.arange(len(trained))
+  else:
+    listed = [[i for pair in pairs for i in pair[:2]], [i for i, _ in alone]]
+    shown = np.unique(np.concatenate([shown, *listed]).astype(int))
+  own_similarity, own_row = map(np.asarray, knn.nearest(
+      bank[shown], bank[shown], np.arange(len(shown)), k=min(NEIGHBORS, len(shown) - 1)))
+
+  # On the page the training pictures come first, then the queries that are none of them.
+  place = {int(row): i for i, row in enumerate(shown)}
+  neighbors, similarities = own_row.tolist(), own_similarity.tolist()
+  sources, names = [trained.subset(shown, 'page')], _names(trained, shown, 'train')
+  if queries is None:
+    ids = [place[int(i)] for i in asked]
+  else:
+    ids = list(range(len(shown), len(shown) + len(queries)))
+    neighbors += [[place[int(i)] for i in line] for line in row]
+    similarities += similarity.tolist()
+    sources.append(queries)
+    names += query_names
+  page = {
+      'title': f'{model.dataset.name}, step {model.step:,}', 'queried': titles,
+      'rows': len(trained), 'trained': len(shown), 'scanned': len(order), 'classes': class_names,
+      'names': names,
+      'labels': np.concatenate([np.full(len(source), -1) if source.labels is None
+                                else source.labels for source in sources]).tolist(),
+      'queries': ids, 'neighbors': neighbors,
+      'similarity': [[round(s, 4) for s in line] for line in similarities],
+      'duplicates': [[place[i], place[j], round(s, 4)] for i, j, s in pairs],
+      'outliers': [[place[i], round(s, 4)] for i, s in alone]}
+  _write(page, sources, pathlib.Path(output))
+  return len(ids)
+
+
+def _class_names(model):
+  """The classes' names, or None."""
+  if model.class_names is not None:
+    return list(model.class_names)
+  return None if model.labels is None else [str(c) for c in range(int(model.labels.max()) + 1)]
+
+
+def _relabelled(queries, names, class_names):
+  """`queries` with the labels of the run's classes where the names agree, -1 elsewhere."""
+  labels = np.full(len(queries), -1, np.int32)
+  if queries.labels is not None and class_names is not None:
+    number = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([number.get(name, -1) for name in names], np.int32)[queries.labels]
+  return pictures.Pictures(queries.files, labels, queries.fingerprint, queries.names)
+
+
+def _spread(n, most):
+  """Up to `most` of 0..n-1, evenly spread."""
+  return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def _scan(bank, seed):
+  """((similarity [n, k], row [n, k]) of the nearest others, the n rows looked at)."""
+  order = np.arange(len(bank))
+  if len(order) > _SCANNED:
+    order = np.sort(np.random.RandomState(seed).permutation(len(bank))[:_SCANNED])
+  found = knn.nearest(bank[order], bank, order, k=min(_CROWD, len(bank) - 1))
+  return tuple(map(np.asarray, found)), order
+
+
+def _duplicates(similarity, row, order):
+  """[(row, row, similarity)] of the pairs that are most alike, each once."""
+  best = {}
+  for i, others, values in zip(order, row, similarity):
+    for j, value in zip(others, values):
+      best[min(int(i), int(j)), max(int(i), int(j))] = float(value)
+  return [(*pair, best[pair]) for pair in sorted(best, key=best.get, reverse=True)[:_LISTED]]
+
+
+def _outliers(similarity, order):
+  """[(row, mean similarity to its nearest)] of the pictures that are farthest from any other."""
+  mean = similarity.mean(axis=1)
+  return [(int(order[i]), float(mean[i])) for i in np.argsort(mean, kind='stable')[:_LISTED]]
+
+
+def _names(source, chosen, kind):
+  return [f'{kind} {i}' if source.names is None else source.names[i] for i in chosen]
+
+
+def _write(page, sources, output):
+  """The folder, whole or not at all; an earlier page of that name is replaced."""
+  partial = output.with_name(output.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    (partial / 'pictures').mkdir(parents=True)
+    _write_pictures(sources, partial / 'pictures')
+    (partial / 'data.js').write_text(f'const PAGE = {json.dumps(page)};\n')
+    shutil.copyfile(_TEMPLATE, partial / 'index.html')
+    if output.exists():
+      shutil.rmtree(output)
+    os.replace(partial, output)
+  except OSError as e:
+    if errors.is_no_space(e):
+      raise
+    raise errors.UserError(f"'{output}' can't be written ({e.strerror}): set --output to a place "
+                           'that can') from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_pictures(sources, place):
+  """One small picture each, numbered through."""
+  todo = [(source, i) for source in sources for i in range(len(source))]
+
+  def write(number):
+    source, i = todo[number]
+    try:
+      picture = Image.fromarray(decode.decode(source.files[i]))
+    except (OSError, decode.UnreadableError) as e:
+      raise pictures.unreadable(source, i, e) from e
+    picture.thumbnail((_SIDE, _SIDE))
+    picture.save(place / f'{number}.webp', quality=80, lossless=max(picture.size) <= 64)
+
+  with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        pictures.progress('writing pictures') as progress):
+    for _ in progress.track(pool.map(write, range(len(todo))), len(todo)):
+      pass
+
+
+def main(argv=None):
+  """The command; returns its exit code: 0, or 2 for a user's mistake."""
+  def command():
+    parser = argparse.ArgumentParser(
+        prog='python -m instdisc_jax.retrieve', description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s --workdir=DIR --output=FOLDER [--images=FOLDER] [--queries=N]')
+    parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
+    parser.add_argument('--workdir', required=True, metavar='DIR', help='of a run')
+    parser.add_argument('--output', required=True, metavar='FOLDER',
+                        help='what is made; open its index.html')
+    parser.add_argument('--images', metavar='FOLDER',
+                        help='pictures to ask about (default: those held out from training)')
+    parser.add_argument('--queries', type=int, default=_QUERIES, metavar='N',
+                        help=f'most of them that are shown (default: {_QUERIES})')
+    parser.add_argument('--on_unreadable', choices=('error', 'skip'), default='error',
+                        help='what becomes of files of --images that give no picture')
+    args = parser.parse_args(argv)
+    output = pathlib.Path(args.output)
+    errors.check_place(output)
+    if output.exists() and not _is_page(output):
+      raise errors.UserError(f"'{output}' exists and is no page of this command: set --output to a "
+                             'new folder')
+    if args.queries < 1:
+      raise errors.UserError(f'--queries is {args.queries}, must be at least 1: set --queries')
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
+    checkpoint.leave_errors_to_orbax()
+    count = build(inference.load(args.workdir), output, args.images, args.queries,
+                  args.on_unreadable)
+    print(f'{output / "index.html"}: {count} queries')
+
+  return errors.exit_code(command)
+
+
+def _is_page(path):
+  index = path / 'index.html'
+  return index.is_file() and _MARK in index.read_text(errors='replace')[:500]
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,240 @@
+import json
+import re
+import shutil
+import types
+
+import numpy as np
+import pytest
+from sklearn import neighbors
+
+import instdisc_jax
+from instdisc_jax import data, retrieve
+from instdisc_jax.data import pictures
+from tests.conftest import write_pictures
+
+
+def _page(folder):
+  text = (folder / 'data.js').read_text()
+  assert text.startswith('const PAGE = ') and text.endswith(';\n')
+  return json.loads(text[len('const PAGE = '):-2])
+
+
+def _make(*arguments):
+  return retrieve.main([f'--{name}={value}' for name, value in arguments])
+
+
+def test_the_neighbours_are_scikit_learn_s_brute_force(trained, tmp_path):
+  workdir, _, config = trained
+  assert _make(('workdir', workdir), ('output', tmp_path / 'page'), ('queries', 100)) == 0
+  page, model = _page(tmp_path / 'page'), instdisc_jax.load(workdir)
+  assert len(page['queries']) == 100 and page['rows'] == page['trained'] == 128
+  asked = [int(page['names'][i].removeprefix('test ')) for i in page['queries']]
+  assert asked[0] == 0 and asked[-1] == 499  # of all those held out
+  embedding = model.embed(model.dataset.test.files[asked])
+  brute = neighbors.NearestNeighbors(n_neighbors=20, metric='cosine', algorithm='brute')
+  distance, row = brute.fit(model.bank).kneighbors(embedding)
+  for i, expected, far in zip(page['queries'], row, distance):
+    np.testing.assert_allclose(page['similarity'][i], 1 - far, atol=1e-4)
+    assert len({*page['neighbors'][i]} - {*expected.tolist()}) <= 1  # a tie at the end
+  distance, row = brute.fit(model.bank).kneighbors()  # without the own row
+  for i in range(128):
+    np.testing.assert_allclose(page['similarity'][i], 1 - distance[i], atol=1e-4)
+    assert i not in page['neighbors'][i]
+  first, second, similarity = page['duplicates'][0]
+  assert similarity == pytest.approx(float(1 - distance.min()), abs=1e-4)
+  assert float(model.bank[first] @ model.bank[second]) == pytest.approx(similarity, abs=1e-4)
+  assert page['outliers'][0][0] == np.argmax(distance[:, :5].mean(axis=1))
+  assert page['labels'][:128] == model.labels.tolist()
+  assert len(list((tmp_path / 'page' / 'pictures').iterdir())) == 228
+
+
+def test_pictures_that_were_never_trained_on_are_asked_about(trained_folder, tmp_path):
+  _, workdir, _ = trained_folder
+  write_pictures(tmp_path / 'other')
+  (tmp_path / 'other' / 'redless').rename(tmp_path / 'other' / 'unknown')
+  arguments = (('workdir', workdir), ('images', tmp_path / 'other'), ('output', tmp_path / 'page'))
+  assert _make(*arguments) == 0 and _make(*arguments) == 0  # and the page is made anew
+  page = _page(tmp_path / 'page')
+  labels = {page['names'][i]: page['labels'][i] for i in page['queries']}
+  assert len(labels) == 40
+  for name, label in labels.items():
+    assert label == (0 if name.startswith('greenless') else -1)  # the run has no class 'unknown'
+  assert not list(tmp_path.glob('*.partial'))
+
+
+def test_a_page_of_many_pictures_has_those_it_shows(trained, tmp_path, monkeypatch):
+  monkeypatch.setattr(retrieve, '_WHOLE', 50)
+  monkeypatch.setattr(retrieve, '_SCANNED', 60)
+  monkeypatch.setattr(retrieve, '_LISTED', 3)
+  retrieve.build(instdisc_jax.load(trained[0]), tmp_path / 'page', num_queries=2)
+  page, model = _page(tmp_path / 'page'), instdisc_jax.load(trained[0])
+  assert page['rows'] == 128 and 20 <= page['trained'] < 60 and page['scanned'] == 60
+  row = lambda i: int(page['names'][i].removeprefix('train '))
+  for i in page['queries']:  # among all of the bank
+    embedding = model.embed(model.dataset.test.files[int(page['names'][i].removeprefix('test '))])
+    expected = np.sort((embedding @ model.bank.T)[0])[::-1][:20]
+    np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        [model.bank[row(j)] @ embedding[0] for j in page['neighbors'][i]], expected, atol=1e-4)
+  for i, j, similarity in page['duplicates']:
+    assert model.bank[row(i)] @ model.bank[row(j)] == pytest.approx(similarity, abs=1e-4)
+  assert len(page['outliers']) == 3
+
+
+def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'index.html').write_text('<html>')
+  assert _make(('workdir', trained[0]), ('output', tmp_path / 'mine')) == 2
+  assert 'exists and is no page of this command' in capsys.readouterr().err
+  assert (tmp_path / 'mine' / 'index.html').read_text() == '<html>'
+
+
+def test_the_page_asks_nothing_of_the_network():
+  template = retrieve._TEMPLATE.read_text()
+  assert not re.search(r'https?:|//[a-z]|@import|fetch\(|XMLHttp', template)
+  assert re.findall(r'<script src="(.*?)"', template) == ['data.js']
+  assert retrieve._MARK in template
+
+
+ODD = ['<img src=x onerror=alert(1)>.png', '"\'`;&amp;.png', 'a#b?c%20d.png', '日本.png',
+       '\udcff.png', '</script><script>alert(2)</script>.png']
+
+
+@pytest.fixture(scope='module')
+def big_page(tmp_path_factory):
+  """1,000 queries to 3,000 random vectors of 10 classes, some with odd names."""
+  random = np.random.default_rng(0)
+  images = random.integers(0, 256, (4000, 12, 12, 3), dtype=np.uint8)
+  labels = random.integers(0, 10, 4000)
+  vectors = random.standard_normal((4000, 16)).astype(np.float32) + np.eye(16)[labels] * 4
+  vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+  names = [f'kind{label}/{i}.png' for i, label in enumerate(labels)]
+  names[3000:3000 + len(ODD)] = ODD
+  part = lambda a, b: pictures.Pictures(images[a:b], labels[a:b], str(a), names=names[a:b])
+  dataset = data.Dataset('random', part(0, 3000), part(3000, 4000),
+                         tuple(f'kind {i}' for i in range(10)))
+  model = types.SimpleNamespace(
+      dataset=dataset, bank=vectors[:3000], labels=labels[:3000], class_names=dataset.class_names,
+      config=types.SimpleNamespace(seed=0), workdir='w', step=1234,
+      embed_all=lambda source: [vectors[3000:]])
+  folder = tmp_path_factory.mktemp('big') / 'page'
+  assert retrieve.build(model, folder) == 1000
+  return folder
+
+
+@pytest.fixture(scope='module')
+def browser():
+  sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+  chromium = shutil.which('chromium')
+  if chromium is None:
+    pytest.skip('chromium is not installed: apt-get install chromium')
+  with sync_api.sync_playwright() as playwright:
+    # root, as in a container, has no sandbox
+    browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def visit(browser, big_page):
+  """(width, colour scheme) -> the page; at the end nothing was reported or asked of a network."""
+  contexts, told, asked = [], [], []
+
+  def open_page(width=1600, scheme='light'):
+    contexts.append(browser.new_context(viewport={'width': width, 'height': 900},
+                                        color_scheme=scheme))
+    page = contexts[-1].new_page()
+    page.on('console', lambda message: told.append(message.text))
+    page.on('pageerror', lambda error: told.append(str(error)))
+    page.on('dialog', lambda dialog: told.append(dialog.message) or dialog.dismiss())
+    page.on('request', lambda request: asked.append(request.url))
+    page.goto((big_page / 'index.html').as_uri())
+    return page
+
+  yield open_page
+  for context in contexts:
+    context.close()
+  assert not told
+  assert asked and all(url.startswith((big_page.as_uri(), 'data:,')) for url in asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width, scheme', [(400, 'dark'), (1600, 'light')])
+def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, scheme):
+  page, made = visit(width, scheme), _page(big_page)
+  query = made['queries'][0]
+  shown = page.locator('.row').first.locator('.near .picture')
+  assert shown.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][query]
+  values = shown.locator('.value').all_inner_texts()
+  for value, similarity, i in zip(values, made['similarity'][query], made['neighbors'][query]):
+    agrees = made['labels'][i] == made['labels'][query]
+    assert value == f'{"✓" if agrees else "✗"} {similarity:.3f}'
+  assert page.evaluate('document.documentElement.scrollWidth') <= width
+  target = made['neighbors'][query][3]
+  shown.nth(3).click()
+  assert page.url.endswith(f'#picture={target}')
+  again = page.locator('.row .near .picture')
+  assert again.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][target]
+  assert page.locator('.row > div:not(.near) > .picture').first.get_attribute('data-id') == str(target)
+  assert again.first.locator('img').evaluate('x => x.decode().then(() => x.naturalWidth)') == 12
+  page.go_back()
+  page.wait_for_function('document.querySelectorAll(".row").length > 1')
+  dark = page.evaluate('getComputedStyle(document.body).backgroundColor')
+  assert (dark == 'rgb(255, 255, 255)') == (scheme == 'light')
+  page.get_by_label('light or dark').click()
+  assert page.evaluate('getComputedStyle(document.body).backgroundColor') != dark
+
+
+@pytest.mark.slow
+def test_odd_file_names_are_text_and_can_be_found(visit):
+  page = visit()
+  names = page.locator('.row > div:not(.near) > .picture .name')
+  expected = ODD
+  assert names.evaluate_all(f'x => x.slice(0, {len(ODD)}).map((s) => s.textContent)') == expected
+  assert page.locator('main img[src="x"]').count() == 0
+  page.keyboard.press('/')
+  page.keyboard.type('onerror')
+  assert names.all_inner_texts() == [ODD[0]]
+
+
+@pytest.mark.slow
+def test_search_tabs_and_keys(visit, big_page):
+  page, made = visit(), _page(big_page)
+  page.get_by_label('class', exact=True).select_option('kind 3')
+  count = sum(made['labels'][i] == 3 for i in made['queries'])
+  assert page.locator('#told').inner_text().startswith(f'{count} held-out pictures')
+  page.get_by_label('search by class or file name').fill('/17.png')  # a training picture
+  found = page.locator('.row > div:not(.near) > .picture .name').all_inner_texts()
+  assert found == ([made['names'][17]] if made['labels'][17] == 3 else [])
+  page.keyboard.press('Escape')
+  page.get_by_label('class', exact=True).select_option('all classes')
+  page.evaluate('document.activeElement.blur()')
+  page.keyboard.press('2')
+  first, second, _ = made['duplicates'][0]
+  ids = page.locator('.row').first.locator('.picture').evaluate_all(
+      'x => x.map((b) => Number(b.dataset.id))')
+  assert ids == [first, second]
+  page.keyboard.press('3')
+  ids = page.locator('.row > div:not(.near) > .picture').evaluate_all('x => x.map((b) => +b.dataset.id)')
+  assert ids[:20] == [i for i, _ in made['outliers'][:20]]
+  page.keyboard.press('1')
+  for key in ('ArrowRight', 'ArrowRight', 'ArrowRight'):
+    page.keyboard.press(key)
+  focused = page.evaluate('Number(document.activeElement.dataset.id)')
+  assert focused == made['neighbors'][made['queries'][0]][1]
+  page.keyboard.press('ArrowDown')
+  assert page.evaluate('Number(document.activeElement.dataset.id)') != focused
+  page.keyboard.press('Enter')
+  assert '#picture=' in page.url
+  page.keyboard.press('Escape')
+  page.wait_for_function('document.querySelectorAll(".row").length > 1')
+
+
+@pytest.mark.slow
+def test_a_thousand_queries_are_drawn_as_they_are_scrolled_to(visit):
+  page = visit()
+  assert page.locator('.row').count() < 200
+  page.wait_for_function('''() => {
+    scrollTo(0, document.body.scrollHeight);
+    return document.querySelectorAll('.row').length === 1000;
+  }''', timeout=60_000)
