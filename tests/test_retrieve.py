@@ -96,6 +96,7 @@ def test_the_page_asks_nothing_of_the_network():
   assert retrieve._MARK in template
 
 
+QUERY = '.row > div:not(.near) > .picture'
 ODD = ['<img src=x onerror=alert(1)>.png', '"\'`;&amp;.png', 'a#b?c%20d.png', '日本.png',
        '\udcff.png', '</script><script>alert(2)</script>.png']
 
@@ -175,7 +176,7 @@ def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, schem
   assert page.url.endswith(f'#picture={target}')
   again = page.locator('.row .near .picture')
   assert again.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][target]
-  assert page.locator('.row > div:not(.near) > .picture').first.get_attribute('data-id') == str(target)
+  assert page.locator(QUERY).first.get_attribute('data-id') == str(target)
   assert again.first.locator('img').evaluate('x => x.decode().then(() => x.naturalWidth)') == 12
   page.go_back()
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
@@ -188,7 +189,7 @@ def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, schem
 @pytest.mark.slow
 def test_odd_file_names_are_text_and_can_be_found(visit):
   page = visit()
-  names = page.locator('.row > div:not(.near) > .picture .name')
+  names = page.locator(f'{QUERY} .name')
   expected = ODD
   assert names.evaluate_all(f'x => x.slice(0, {len(ODD)}).map((s) => s.textContent)') == expected
   assert page.locator('main img[src="x"]').count() == 0
@@ -204,7 +205,7 @@ def test_search_tabs_and_keys(visit, big_page):
   count = sum(made['labels'][i] == 3 for i in made['queries'])
   assert page.locator('#told').inner_text().startswith(f'{count} held-out pictures')
   page.get_by_label('search by class or file name').fill('/17.png')  # a training picture
-  found = page.locator('.row > div:not(.near) > .picture .name').all_inner_texts()
+  found = page.locator(f'{QUERY} .name').all_inner_texts()
   assert found == ([made['names'][17]] if made['labels'][17] == 3 else [])
   page.keyboard.press('Escape')
   page.get_by_label('class', exact=True).select_option('all classes')
@@ -215,7 +216,7 @@ def test_search_tabs_and_keys(visit, big_page):
       'x => x.map((b) => Number(b.dataset.id))')
   assert ids == [first, second]
   page.keyboard.press('3')
-  ids = page.locator('.row > div:not(.near) > .picture').evaluate_all('x => x.map((b) => +b.dataset.id)')
+  ids = page.locator(QUERY).evaluate_all('x => x.map((b) => Number(b.dataset.id))')
   assert ids[:20] == [i for i, _ in made['outliers'][:20]]
   page.keyboard.press('1')
   for key in ('ArrowRight', 'ArrowRight', 'ArrowRight'):
