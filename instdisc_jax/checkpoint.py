@@ -93,18 +93,14 @@ class Checkpoints:
     Raises:
       errors.RunError: this save could not be begun, or the one before it failed.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    strip = lambda bank: bank
-    if state.bank is not None:
-      shardings = shardings.replace(bank=self._bank_sharding())
-      strip = lambda bank: bank[:self._num_rows]
-    copy = jax.jit(lambda s: jax.tree.map(jnp.copy, s.replace(bank=strip(s.bank))),
-                   out_shardings=shardings)(state)
+    shardings = _of_rows(lambda _: self._rows_sharding(), jax.tree.map(lambda x: x.sharding, state))
+    strip = functools.partial(_of_rows, lambda rows: rows[:self._num_rows])
+    copy = jax.jit(lambda s: jax.tree.map(jnp.copy, strip(s)), out_shardings=shardings)(state)
     step = int(state.step)
     with self._failing():
       self._manager.wait_until_finished()
       self._saving, self._pending_losses = step, list(pending_losses)
-      self._manager.save(step, args=ocp.args.StandardSave(copy), force=True)
+      self._manager.save(step, args=ocp.args.StandardSave(_as_dict(copy)), force=True)
 
   def pending_losses(self):
     """What the newest checkpoint was saved with."""
@@ -119,29 +115,28 @@ class Checkpoints:
       step: which one; the newest by default.
 
     Returns:
-      A `TrainState` on this run's mesh; where the checkpoint has no bank (weights from elsewhere),
-      with that of `like`.
+      A `TrainState` on this run's mesh; what has a row for each image and is not in the checkpoint
+      (of weights from elsewhere) is that of `like`.
 
     Raises:
       errors.UserError: its bank has another number of rows than there are images.
     """
     step = self.latest_step() if step is None else step
-    stored_bank = self._manager.item_metadata(step)['bank']
-    if stored_bank is None:
-      return self._manager.restore(
-          step, args=ocp.args.StandardRestore(like.replace(bank=None))).replace(bank=like.bank)
-    if stored_bank.shape[0] != self._num_rows:
+    found = self._manager.item_metadata(step)
+    absent = [name for name in ('bank', 'classifier') if found.get(name) is None]
+    count = self._num_rows if 'bank' in absent else found['bank'].shape[0]
+    if count != self._num_rows:
       raise errors.UserError(
-          f'the bank of the checkpoint has {stored_bank.shape[0]} rows, must have one for each of '
-          f'the {self._num_rows} training images: set --config.dataset.name to the data it was '
-          'made of')
-    padded = like.bank
-    stored = like.replace(bank=jax.ShapeDtypeStruct(
-        (self._num_rows, padded.shape[1]), padded.dtype,
-        sharding=self._bank_sharding()))
-    state = self._manager.restore(step, args=ocp.args.StandardRestore(stored))
-    pad = functools.partial(train.pad_rows, num_devices=self._mesh.size)
-    return state.replace(bank=jax.jit(pad, out_shardings=padded.sharding)(state.bank))
+          f'the bank of the checkpoint has {count} rows, must have one for each of the '
+          f'{self._num_rows} training images: set --config.dataset.name to the data it was made of')
+    stored = _of_rows(lambda rows: jax.ShapeDtypeStruct(
+        (self._num_rows, rows.shape[1]), rows.dtype, sharding=self._rows_sharding()),
+        like.replace(**dict.fromkeys(absent)))
+    restored = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(stored)))
+    state = stored.replace(**restored)
+    pad = jax.jit(functools.partial(train.pad_rows, num_devices=self._mesh.size),
+                  out_shardings=like.bank.sharding)
+    return _of_rows(pad, state).replace(**{name: getattr(like, name) for name in absent})
 
   def close(self):
     """Waits for the last save.
@@ -173,10 +168,22 @@ class Checkpoints:
     manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
-  def _bank_sharding(self):
+  def _rows_sharding(self):
     """By rows where the devices share them evenly, else one copy on each."""
     even = self._num_rows % self._mesh.size == 0
     return NamedSharding(self._mesh, P(train.AXIS) if even else P())
+
+
+def _of_rows(fn, state):
+  """A `TrainState` with `fn` applied to what has a row for each image; None stays."""
+  return state.replace(bank=jax.tree.map(fn, state.bank),
+                       classifier=jax.tree.map(fn, state.classifier))
+
+
+def _as_dict(state):
+  """What is stored of a `TrainState`; most losses have no classifier."""
+  return {name: part for name, part in vars(state).items()
+          if name != 'classifier' or part is not None}
 
 
 def leave_errors_to_orbax():

@@ -61,6 +61,47 @@ def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows
   return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
 
+def class_weights_gradient(features, weights, index, *, temperature, axis_name=None, num_rows=None,
+                           block_rows=None):
+  """What the parametric softmax (Eq. 1) needs besides `softmax_loss`: its gradient in the weights.
+
+  There every image has a learned weight vector w_j in the place of the bank's V_j:
+
+      ∂(mean_i loss_i) / ∂w_j = mean_i (p_ij - [j = i]) v_i / τ
+
+  Args:
+    features: [B, D] unit-norm.
+    weights: [N, D], or the local shard.
+    index: [B] int.
+    temperature: τ > 0.
+    axis_name: mesh axis over which batch and rows are sharded, or None.
+    num_rows: the true N where the rows are padded; needed with `axis_name`.
+    block_rows: rows scored at once, see `softmax_loss`.
+
+  Returns:
+    [N, D], or the local rows of it; 0 in the padding.
+  """
+  queries, weights, index = _as_data(features, weights, index, axis_name)
+  num_local = bank_lib.count_local_rows(weights, axis_name, num_rows)
+  logsumexp, _ = _combine(*_stream(queries, weights, num_local, temperature, block_rows), axis_name)
+  n = weights.shape[0]
+  block = _block_rows(queries, weights, block_rows)
+
+  def add_block(i, gradient):
+    start, chunk, fresh = _block(weights, i, block)
+    logits = score_rows(queries, chunk) / temperature - logsumexp[:, None]
+    p = jnp.where(fresh & (start + jnp.arange(block) < num_local), jnp.exp(logits), 0)
+    part = _dot(p, queries, (((0,), (0,)), ((), ())))
+    return lax.dynamic_update_slice_in_dim(
+        gradient, lax.dynamic_slice_in_dim(gradient, start, block) + part, start, 0)
+
+  local, owned = bank_lib.locate(weights, index, axis_name)
+  zeros = jnp.zeros(weights.shape, queries.dtype).at[local].add(
+      jnp.where(owned[:, None], -queries, 0))
+  gradient = lax.fori_loop(0, math.ceil(n / block), add_block, zeros)
+  return gradient / (temperature * queries.shape[0])
+
+
 @_jit
 def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axis_name=None,
                          num_rows=None):
@@ -228,16 +269,12 @@ def _stream(queries, rows, num_local, temperature, block_rows):
     Per query the largest logit [B] (-inf with no rows), Σ exp(logit - largest) [B], and the rows'
     sum under those weights [B, D].
   """
-  n = rows.shape[0]
-  block = min(n, block_rows or max(1024, 2**25 // queries.shape[0]))
+  block = _block_rows(queries, rows, block_rows)
 
   def scan_block(i, carry):
-    # The last block is shifted back so that it ends with the rows; what it repeats is masked.
-    start = jnp.minimum(i * block, n - block)
-    chunk = lax.dynamic_slice_in_dim(rows, start, block)
-    position = start + jnp.arange(block)
+    start, chunk, fresh = _block(rows, i, block)
     logits = score_rows(queries, chunk) / temperature
-    logits = jnp.where((position >= i * block) & (position < num_local), logits, -jnp.inf)
+    logits = jnp.where(fresh & (start + jnp.arange(block) < num_local), logits, -jnp.inf)
     peak = jnp.max(logits, axis=1)
     if carry is not None:
       peak = jnp.maximum(peak, carry[0])
@@ -250,7 +287,19 @@ def _stream(queries, rows, num_local, temperature, block_rows):
       weighted += shrink[:, None] * carry[2]
     return peak, total, weighted
 
-  return lax.fori_loop(1, math.ceil(n / block), scan_block, scan_block(0, None))
+  return lax.fori_loop(1, math.ceil(rows.shape[0] / block), scan_block, scan_block(0, None))
+
+
+def _block_rows(queries, rows, block_rows):
+  """Rows scored at once."""
+  return min(rows.shape[0], block_rows or max(1024, 2**25 // queries.shape[0]))
+
+
+def _block(rows, i, block):
+  """(start, rows, which of them no block before had) of the i-th block; the last ends with all."""
+  start = jnp.minimum(i * block, rows.shape[0] - block)
+  return (start, lax.dynamic_slice_in_dim(rows, start, block),
+          start + jnp.arange(block) >= i * block)
 
 
 def _combine(peak, total, weighted, axis_name):

@@ -39,7 +39,9 @@ _LOSSES = {
     'softmax': losses.softmax_loss,
     'nce': losses.nce_loss,
     'sampled_softmax': losses.sampled_softmax_loss,
+    'parametric_softmax': losses.softmax_loss,  # of the class weights, not of the bank
 }
+_SAMPLED = ('nce', 'sampled_softmax')
 LOSS_NAMES = tuple(_LOSSES)
 
 
@@ -53,6 +55,8 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: of the optimiser, replicated.
     bank: [N padded to a multiple of the device count, D], rows sharded over the mesh.
     normalizer: scalar, NCE's Z; 0 until it is first estimated.
+    classifier: of the parametric softmax, sharded like the bank: {'weights', 'momentum'}; else
+      None.
   """
   step: jax.Array
   params: Any
@@ -60,10 +64,11 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   bank: jax.Array
   normalizer: jax.Array
+  classifier: Any = None
 
 
 STATE_SPECS = TrainState(step=P(), params=P(), batch_stats=P(), opt_state=P(), bank=P(AXIS),
-                         normalizer=P())
+                         normalizer=P(), classifier=P(AXIS))
 
 
 def make_mesh(devices=None):
@@ -127,10 +132,16 @@ def make_init(config, encoder, optimizer, num_rows, image_shape, mesh):
     variables = encoder.init(params_key, jnp.zeros((2, *image_shape)), train=False)
     bank = bank_lib.init(bank_key, num_rows, config.model.embedding_dim,
                          unit=config.bank.init == 'unit', dtype=config.bank.dtype)
+    classifier = None
+    if config.loss.name == 'parametric_softmax':
+      weights = pad_rows(bank_lib.init(jax.random.fold_in(bank_key, 1), *bank.shape, unit=True,
+                                       dtype=_wide(config)), mesh.size)
+      classifier = {'weights': weights, 'momentum': jnp.zeros_like(weights)}
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=variables['params'],
         batch_stats=variables.get('batch_stats', {}), opt_state=optimizer.init(variables['params']),
-        bank=pad_rows(bank, mesh.size), normalizer=jnp.zeros((), _wide(config)))
+        bank=pad_rows(bank, mesh.size), normalizer=jnp.zeros((), _wide(config)),
+        classifier=classifier)
 
   # XLA:CPU spends seconds on optimising the random numbers of every layer; this runs once.
   options = {'xla_backend_optimization_level': 0} if on_cpu(mesh) else None
@@ -185,9 +196,9 @@ def train_step(state, batch, *, config, encoder, optimizer, num_rows, unroll=Tru
   images = augment.augment(key, batch['image'], size=size, dtype=_wide(config), **strengths)
 
   noise_index, noise_key = None, _stream(config, _NOISE)
-  if config.loss.name != 'softmax' and config.loss.shared_noise:
+  if config.loss.name in _SAMPLED and config.loss.shared_noise:
     noise_index = bank_lib.shared_noise(noise_key, state.step, config.loss.noise_count, num_rows)
-  elif config.loss.name != 'softmax':
+  elif config.loss.name in _SAMPLED:
     noise_index = bank_lib.noise(noise_key, state.step, bank_lib.gather(index, AXIS),
                                  config.loss.noise_count, num_rows)
 
@@ -216,7 +227,7 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
     state: `TrainState`.
     images: [B, ...], whatever `encode` takes (local part, with `axis_name`).
     index: [B] rows of the images (local part, with `axis_name`).
-    noise_index: [B, M] noise rows of the global batch, or [M]; None for the full softmax.
+    noise_index: [B, M] noise rows of the global batch, or [M]; None for a full softmax.
     encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
     optimizer: an optax transformation.
     loss: name, temperature, normalizer, normalizer_decay, proximal_weight, block_rows.
@@ -233,15 +244,17 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
   """
   mean = lambda x: jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
   shared = dict(axis_name=axis_name, num_rows=num_rows)
+  parametric = loss.name == 'parametric_softmax'
+  rows = state.classifier['weights'] if parametric else state.bank
 
   def objective(params, batch_stats, normalizer, images, index, noise_index):
     features, batch_stats = encode(params, batch_stats, images)
-    metrics, columns = {}, (features, state.bank, index)
+    metrics, columns = {}, (features, rows, index)
     kwargs = dict(temperature=loss.temperature, **shared)
-    if loss.name == 'softmax':
-      kwargs['block_rows'] = loss.block_rows
-    else:
+    if loss.name in _SAMPLED:
       columns += (noise_index,)
+    else:
+      kwargs['block_rows'] = loss.block_rows
     if loss.name == 'nce':
       estimate = losses.estimate_normalizer(*columns, **kwargs).astype(normalizer.dtype)
       normalizer = _next_normalizer(loss, normalizer, estimate)
@@ -272,15 +285,29 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  index = _after(index, sum(metrics.values()))
+  index, features = _after(index, sum(metrics.values())), features.reshape(index.size, -1)
+  classifier = state.classifier
+  if parametric:
+    gradient = losses.class_weights_gradient(features, rows, index, temperature=loss.temperature,
+                                             block_rows=loss.block_rows, **shared)
+    classifier = _update_classifier(classifier, gradient, optimizer, state.step)
   return TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       batch_stats=batch_stats,
       opt_state=opt_state,
-      bank=bank_lib.update(state.bank, index, features.reshape(index.size, -1),
-                           momentum=bank_momentum, axis_name=axis_name),
-      normalizer=normalizer), metrics
+      bank=bank_lib.update(state.bank, index, features, momentum=bank_momentum,
+                           axis_name=axis_name),
+      normalizer=normalizer, classifier=classifier), metrics
+
+
+def _update_classifier(classifier, gradient, optimizer, step):
+  """The class weights after a step of the encoder's optimiser; what it keeps of them is sharded."""
+  weights = classifier['weights']
+  opt_state = optax.tree.set(optimizer.init(weights), trace=classifier['momentum'], count=step)
+  updates, opt_state = optimizer.update(gradient.astype(weights.dtype), opt_state, weights)
+  return {'weights': optax.apply_updates(weights, updates),
+          'momentum': optax.tree.get(opt_state, 'trace')}
 
 
 def _mean_norm(features, axis_name):

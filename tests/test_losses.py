@@ -94,6 +94,32 @@ def test_streamed_softmax_equals_dense_for_any_block_size(block_rows):
     np.testing.assert_allclose(pull(jnp.ones(B))[0], dense[1], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize('num_devices, block_rows', [(None, None), (None, 29), (None, 64), (8, 7)])
+def test_gradient_of_the_class_weights_equals_the_twin(num_devices, block_rows):
+  features, weights, index, _ = _inputs(1)
+  expected = twins.class_weights_gradient(features, weights, index, TEMPERATURE)
+  fn = functools.partial(losses.class_weights_gradient, temperature=TEMPERATURE,
+                         block_rows=block_rows)
+  with jax.enable_x64(True):
+    arrays = [jnp.asarray(features), jnp.asarray(weights), jnp.asarray(index)]
+    if num_devices:
+      mesh, local = train.make_mesh(jax.devices()[:num_devices]), P(train.AXIS)
+      arrays[1] = train.pad_rows(arrays[1], num_devices)
+      fn = jax.shard_map(functools.partial(fn, axis_name=train.AXIS, num_rows=N), mesh=mesh,
+                         in_specs=(local,) * 3, out_specs=local)
+    gradient = np.asarray(jax.jit(fn)(*arrays))
+    np.testing.assert_allclose(gradient[:N], expected, rtol=1e-10, atol=1e-13)
+    assert not gradient[N:].any()
+    autodiff = jax.grad(lambda w: jnp.mean(losses_dense(arrays[0], w, arrays[2])))(
+        jnp.asarray(weights))
+    np.testing.assert_allclose(gradient[:N], autodiff, rtol=1e-10, atol=1e-13)
+
+
+def losses_dense(features, weights, index):
+  logits = features @ weights.T / TEMPERATURE
+  return jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(B), index]
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_gradient_equals_finite_differences(case):
   loss_fn, _, num_noise, extra = CASES[case]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import errors, train
+from instdisc_jax import checkpoint, errors, train
 from instdisc_jax.data import order, pictures, resident
 from instdisc_jax.models import resnet
 from tests.conftest import small_config
@@ -252,6 +252,9 @@ def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer
   state = train.TrainState(
       step=jnp.int32(0), params=weights, batch_stats={}, opt_state=optimizer.init(weights),
       bank=train.pad_rows(bank, num_devices), normalizer=jnp.asarray(normalizer, weights.dtype))
+  if loss['name'] == 'parametric_softmax':
+    rows = train.pad_rows(jnp.asarray(random.standard_normal((N, 8))), num_devices)
+    state = state.replace(classifier={'weights': rows, 'momentum': rows / 3})
   images, index = random.standard_normal((B, 5)), random.permutation(N)[:B]
   noise_index = random.integers(0, N, 30 if loss.get('shared_noise') else (B, 30))
   step = functools.partial(
@@ -265,20 +268,22 @@ def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer
   for _ in range(num_steps):
     state, metrics = run(state, images.astype(weights.dtype), index, noise_index)
     history.append(jax.device_get(metrics))
-  history = jax.tree.map(lambda *x: np.stack(x), *history)
-  return np.asarray(state.params), np.asarray(state.bank)[:N], history
+  history = jax.tree.map(lambda *x: np.stack(x), *history) if history else None
+  rows = jax.tree.map(lambda x: np.asarray(x)[:N], (state.bank, state.classifier))
+  return np.asarray(state.params), rows, history
 
 
 @pytest.mark.parametrize('num_devices', [1, 4])
 @pytest.mark.parametrize('loss', [
     dict(name='softmax'), dict(name='nce', proximal_weight=3.0),
-    dict(name='nce', shared_noise=True), dict(name='sampled_softmax')])
+    dict(name='nce', shared_noise=True), dict(name='sampled_softmax'),
+    dict(name='parametric_softmax', proximal_weight=2.0)])
 def test_accumulated_parts_make_the_same_step_as_the_whole_batch(loss, num_devices):
   with jax.enable_x64(True):
-    params, bank, metrics = _linear_updates(loss, 1, 1)
-    params_parts, bank_parts, metrics_parts = _linear_updates(loss, num_devices, 4)
+    params, rows, metrics = _linear_updates(loss, 1, 1)
+    params_parts, rows_parts, metrics_parts = _linear_updates(loss, num_devices, 4)
   np.testing.assert_allclose(params_parts, params, rtol=1e-10)
-  np.testing.assert_allclose(bank_parts, bank, rtol=1e-10)
+  chex.assert_trees_all_close(rows_parts, rows, rtol=1e-10)
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(metrics_parts[name], metrics[name], rtol=1e-10)
 
@@ -290,6 +295,42 @@ def test_accumulation_runs_in_the_whole_step_with_one_bank_update():
   assert np.isfinite(history['loss']).all() and int(state.step) == 1
   start = np.asarray(_set_up(config, 2)[0].bank)[:N]
   assert (np.abs(bank - start).max(axis=1) > 1e-3).sum() == B
+
+
+def test_class_weights_take_the_encoder_s_sgd_and_the_bank_its_features():
+  loss = dict(name='parametric_softmax')
+  with jax.enable_x64(True):
+    _, (bank, before), _ = _linear_updates(loss, 1, 1, num_steps=0)
+    _, (later_bank, after), _ = _linear_updates(loss, 4, 1)
+  sgd = _config().optimizer
+  gradient = after['momentum'] - sgd.momentum * before['momentum']
+  gradient -= sgd.weight_decay * before['weights']
+  assert np.abs(gradient).min() > 0  # of every row: all are in the denominator
+  np.testing.assert_allclose(gradient.sum(), 0, atol=1e-8)  # what is pulled is pushed elsewhere
+  np.testing.assert_allclose(after['weights'],
+                             before['weights'] - sgd.learning_rate * after['momentum'], rtol=1e-12)
+  assert (np.abs(later_bank - bank).max(axis=1) > 0).sum() == B
+
+
+@pytest.mark.slow
+def test_the_parametric_softmax_is_the_same_on_1_and_8_devices_and_comes_back(tmp_path):
+  config = _config(name='parametric_softmax')
+  config.model.dtype = 'float64'
+  with jax.enable_x64(True):
+    (history, _, state), (history8, _, state8) = (_run(config, n, 4) for n in (1, 8))
+    np.testing.assert_allclose(history8['loss'], history['loss'], rtol=1e-8)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: np.asarray(x)[:N], state8.classifier),
+                                jax.device_get(state.classifier), atol=1e-9)
+    assert history['loss'][0] == pytest.approx(np.log(N), abs=0.5 / config.loss.temperature)
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 1, N, train.make_mesh())
+    checkpoints.save(state8)
+    like, _, mesh = _set_up(config, 2)
+    checkpoints.close()
+    restored = checkpoint.Checkpoints(tmp_path / 'c', 1, N, mesh).restore(like)
+  for name in ('weights', 'momentum'):
+    np.testing.assert_array_equal(np.asarray(restored.classifier[name])[:N],
+                                  np.asarray(state8.classifier[name])[:N])
+    assert len(restored.classifier[name].addressable_shards[0].data) == 23
 
 
 def test_the_cosine_rises_falls_and_ends_with_the_run():

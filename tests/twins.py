@@ -14,6 +14,17 @@ def softmax(features, bank, index, temperature):
   return np.array(losses), np.array(grads)
 
 
+def class_weights_gradient(features, weights, index, temperature):
+  """[N, D], of the mean over images: one image at a time."""
+  gradient = np.zeros_like(weights)
+  for v, i in zip(features, index):
+    p = np.exp(weights @ v / temperature)
+    p /= p.sum()
+    p[i] -= 1
+    gradient += np.outer(p, v) / temperature
+  return gradient / len(features)
+
+
 def sampled_softmax(features, bank, index, noise_index, temperature):
   losses, grads = [], []
   for v, i, noise in zip(features, index, noise_index):
