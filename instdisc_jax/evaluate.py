@@ -1,7 +1,7 @@
 """How good the features of a trained workdir are: the protocols of the paper.
 
     knn        weighted nearest neighbours, a grid over K and τ: fresh embeddings, pooled
-               features and bank rows
+               features and bank rows; confusion.png
     linear     a softmax probe on each stage of the encoder
     svm        a linear SVM on the pooled features and on the embedding
     few_label  fine-tuning with 1 to 20% of the labels, beside the same encoder from random weights
@@ -19,12 +19,14 @@ import jax
 import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
+from sklearn import metrics
 
 from instdisc_jax import checkpoint, data, errors, inference, train
-from instdisc_jax.evaluation import few_label, geometry, knn, probes, stages
+from instdisc_jax.evaluation import few_label, geometry, knn, probes, report, stages
 
-FILE = 'evaluations.jsonl'
+FILE, CONFUSION = 'evaluations.jsonl', 'confusion.png'
 _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
+_CLASSES_SHOWN = 20
 _HELD_OUT = 0.2  # of a set without held-out pictures, for the protocols that train
 
 
@@ -38,7 +40,7 @@ class Sets:
     train_labels: [N] int.
     test: {stage: [Q, F]}.
     test_labels: [Q] int.
-    num_classes: C.
+    class_names: C of them.
     bank: [N, D] rows of the training pictures, or None of another data set.
     train_pictures: `data.Pictures`, N of them.
     test_pictures: `data.Pictures`, Q of them.
@@ -48,10 +50,14 @@ class Sets:
   train_labels: np.ndarray
   test: dict
   test_labels: np.ndarray
-  num_classes: int
+  class_names: tuple
   bank: np.ndarray | None
   train_pictures: data.Pictures
   test_pictures: data.Pictures
+
+  @property
+  def num_classes(self):
+    return len(self.class_names)
 
 
 def prepare(model, name=None):
@@ -86,20 +92,27 @@ def prepare(model, name=None):
                          dataset.train.labels[test_rows])
   else:
     test, test_labels = stages.collect(model, dataset.test, folder), dataset.test.labels
+  num_classes = int(max(dataset.train.labels.max(), test_labels.max())) + 1
   return Sets(model, {k: x[rows] for k, x in known.items()}, dataset.train.labels[rows], test,
-              test_labels, int(max(dataset.train.labels.max(), test_labels.max())) + 1,
+              test_labels, dataset.class_names or tuple(map(str, range(num_classes))),
               None if bank is None else bank[rows], dataset.train.subset(rows, 'train'),
               dataset.test or dataset.train.subset(test_rows, 'test'))
 
 
 def nearest_neighbours(sets):
-  """Rows of results: top-1 and top-5 for each kind of feature, K and τ, from one search each."""
+  """Rows of results: top-1 and top-5 for each kind of feature, K and τ, from one search each.
+
+  The embedding's row of the run's own K and τ also has the top-1 of each class, and its confusion
+  matrix is drawn.
+  """
+  own = sets.model.config.knn
   kinds = {'embedding': (sets.train[stages.EMBEDDING], sets.test[stages.EMBEDDING]),
            'pooled': (knn.unit(sets.train['pooled']), knn.unit(sets.test['pooled']))}
   if sets.bank is not None:
     kinds['bank rows'] = sets.bank, sets.test[stages.EMBEDDING]
-  ks = sorted({min(k, len(sets.train_labels)) for k in (*_KS, sets.model.config.knn.neighbors)})
-  temperatures = sorted({*_TEMPERATURES, sets.model.config.knn.temperature})
+  own_k = min(own.neighbors, len(sets.train_labels))
+  ks = sorted({min(k, len(sets.train_labels)) for k in (*_KS, own_k)})
+  temperatures = sorted({*_TEMPERATURES, own.temperature})
   results = []
   for kind, (rows, queries) in kinds.items():
     similarity, row = map(np.asarray, knn.nearest(queries, rows, k=ks[-1]))
@@ -112,6 +125,14 @@ def nearest_neighbours(sets):
             'features': kind, 'neighbors': k, 'temperature': temperature,
             'top1': probes.top_k(scores, sets.test_labels, 1),
             'top5': probes.top_k(scores, sets.test_labels, 5)})
+        if (kind, k, temperature) == (stages.EMBEDDING, own_k, own.temperature):
+          counts = metrics.confusion_matrix(sets.test_labels, scores.argmax(axis=1),
+                                            labels=range(sets.num_classes))
+          results[-1]['per_class'] = {
+              name: float(line[i] / line.sum()) if line.sum() else None
+              for i, (name, line) in enumerate(zip(sets.class_names, counts))}
+          report.save_picture(report.confusion(counts, sets.class_names),
+                              sets.model.workdir / CONFUSION)
   return results
 
 
@@ -162,8 +183,14 @@ PROTOCOLS = {'knn': nearest_neighbours, 'linear': linear, 'svm': support_vectors
 
 
 def show(protocol, results, console):
-  """Prints results as a table; of a kNN grid, each kind of feature's best."""
+  """Prints results as a table; of a kNN grid, each kind of feature's best, and the classes."""
   if protocol == 'knn':
+    per_class = next(r['per_class'] for r in results if 'per_class' in r)
+    if len(per_class) <= _CLASSES_SHOWN:
+      console.print('top-1 of each class, at the run\'s own K and τ:',
+                    ', '.join(f'{name}: {"–" if top1 is None else f"{top1:.3f}"}'
+                              for name, top1 in per_class.items()), markup=False)
+    results = [{k: v for k, v in r.items() if k != 'per_class'} for r in results]
     kinds = dict.fromkeys(r['features'] for r in results)
     results = [max((r for r in results if r['features'] == kind), key=lambda r: r['top1'])
                for kind in kinds]

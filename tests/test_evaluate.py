@@ -64,6 +64,14 @@ def test_knn_equals_scikit_learn_s_brute_force(sets):
         assert abs(found['top5'] - np.mean((best == sets.test_labels[:, None]).any(1))) <= 5 / 500
       checked += 1
   assert checked == 9
+  own, = [r for r in results if 'per_class' in r]
+  config = sets.model.config.knn
+  assert (own['features'], own['neighbors'], own['temperature']) == (
+      'embedding', config.neighbors, config.temperature)
+  count = np.bincount(sets.test_labels)
+  right = sum(own['per_class'][str(c)] * count[c] for c in range(10))
+  assert right == pytest.approx(own['top1'] * 500, abs=1)  # but for a tie
+  assert (sets.model.workdir / 'confusion.png').stat().st_size > 10_000
 
 
 def test_the_probe_is_within_a_point_of_scikit_learn_s_logistic_regression():

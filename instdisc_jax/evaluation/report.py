@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backe
 
 SUMMARY = 'summary.json'
 _PICTURED = 12  # queries in neighbors.png
+_NAMED = 30  # classes whose names fit beside a confusion matrix
 _SHOWN = 8  # neighbours of each
 _PIXEL_SIDE, _PIXEL_CHUNK = 32, 256  # of streamed pictures, for the kNN of raw pixels
 _MOST_PIXEL_ROWS = 200_000  # which takes 12 KiB for each
@@ -188,8 +189,8 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
   if jax.process_index() != 0:
     return summary
   workdir = pathlib.Path(workdir)
-  _save_picture(curves(lines, summary, config.batch_size), workdir / 'curves.png')
-  _save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')
+  save_picture(curves(lines, summary, config.batch_size), workdir / 'curves.png')
+  save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')
   partial = workdir / (SUMMARY + '.partial')
   partial.write_text(json.dumps(summary, indent=2) + '\n')
   os.replace(partial, workdir / SUMMARY)
@@ -289,7 +290,32 @@ def neighbors(evaluator, dataset, row):
   return figure
 
 
-def _save_picture(figure, path):
+def confusion(counts, class_names):
+  """A figure of how often pictures of each class were taken for which.
+
+  Args:
+    counts: [C, C] int, true class by predicted class.
+    class_names: C of them.
+  """
+  named = len(class_names) <= _NAMED
+  figure, axes = plt.subplots(figsize=(8, 7), layout='constrained')
+  share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  drawn = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+  figure.colorbar(drawn, label='share of the class')
+  axes.set(xlabel='predicted', ylabel='true',
+           title=f'top-1 {np.trace(counts) / counts.sum():.3f}')
+  if named:
+    names = [name[:12] for name in class_names]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    for i, j in zip(*np.nonzero(counts)):
+      axes.text(j, i, counts[i, j], ha='center', va='center', fontsize=7,
+                color='white' if share[i, j] > 0.5 else 'black')
+  return figure
+
+
+def save_picture(figure, path):
+  """Writes a figure as PNG and closes it."""
   with warnings.catch_warnings():  # class names in letters that no font here has: boxes
     warnings.filterwarnings('ignore', message='Glyph .* missing')
     figure.savefig(path, dpi=110)
