@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import convert, embed, evaluate, main, preview, retrieve, workdir
+from instdisc_jax import convert, embed, evaluate, main, preview, reproduce, retrieve, workdir
 from instdisc_jax.data import folder as folder_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -270,6 +270,8 @@ CASES = [
     Case('page in a missing folder', 'retrieve', ['--workdir=run', '--output=b/page']),
     Case('page without queries', 'retrieve',
          ['--workdir=run', '--output=page', '--queries=0']),
+    Case('unknown table', 'reproduce', ['--table=imagenet', '--scale=smoke']),
+    Case('table without seeds', 'reproduce', ['--table=proximal', '--scale=smoke', '--seeds=0']),
     Case('processes in words', 'launch/local.sh', ['--processes=two', '--', '--workdir=run']),
     Case('nothing to launch', 'launch/local.sh', ['--devices=2']),
     Case('unknown argument', 'launch/local.sh', ['--hosts=3', '--', '--workdir=run']),
@@ -304,7 +306,7 @@ def answer(case):
       code, text = done.returncode, done.stderr
     else:
       module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
-                'evaluate': evaluate, 'retrieve': retrieve}[case.command]
+                'evaluate': evaluate, 'retrieve': retrieve, 'reproduce': reproduce}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)
       text = errors.getvalue()

@@ -1,0 +1,291 @@
+"""The paper's tables, made anew: each row trained from scratch, beside the paper's value.
+
+    cifar10          Table 1: the losses, by kNN and by a linear SVM on pooled features
+    noise_count      Table 1's kNN alone: from 1 noise sample an image to all other images
+    embedding_size   D from 32 to 256
+    train_fraction   a part of the training pictures, and all of them
+    proximal         λ of the proximal term against the momentum of the memory bank
+
+At the scale `smoke` on the embedded digits, in minutes; `small` on a part of CIFAR-10 with a narrow
+network, within an hour on two CPU cores; `paper` as published, for a GPU. Stopped or killed, the
+same command goes on with the row it was at.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import jax
+from matplotlib import pyplot as plt
+import numpy as np
+from scipy import stats
+
+from instdisc_jax import __version__, checkpoint, errors, evaluate, inference, preemption
+from instdisc_jax import config as config_lib
+from instdisc_jax import main as main_lib
+from instdisc_jax.evaluation import report
+
+_NCE = {'loss.name': 'nce'}
+_LOSSES = {
+    'parametric softmax': {'loss.name': 'parametric_softmax'},
+    'NCE, M = 1': _NCE | {'loss.noise_count': 1},
+    'NCE, M = 10': _NCE | {'loss.noise_count': 10},
+    'NCE, M = 512': _NCE | {'loss.noise_count': 512},
+    'NCE, M = 4,096': _NCE | {'loss.noise_count': 4096},
+    'full softmax': {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What is compared.
+
+  Attributes:
+    rows: {title: settings that differ}; `dataset.limit` as a share of the scale's pictures.
+    paper: {measure: {title: the paper's value}}, for `knn` and perhaps `svm`.
+    about: of the paper's values, a sentence.
+  """
+  rows: dict
+  paper: dict
+  about: str
+
+
+_KNN = dict(zip(_LOSSES, (0.630, 0.425, 0.634, 0.784, 0.804, 0.808)))
+_SVM = dict(zip(_LOSSES, (0.603, 0.443, 0.602, 0.643, 0.702, 0.754)))
+_SHARES = (0.1, 0.3, 1.0)
+TABLES = {
+    'cifar10': Table(_LOSSES, {'knn': _KNN, 'svm': _SVM},
+                     'The paper’s values are those of its Table 1: CIFAR-10, ResNet-18.'),
+    'noise_count': Table(_LOSSES, {'knn': _KNN},
+                         'The paper’s values are those of its Table 1: CIFAR-10, ResNet-18.'),
+    'embedding_size': Table(
+        {f'D = {dim}': {'model.embedding_dim': dim} for dim in (32, 64, 128, 256)},
+        {'knn': dict(zip((f'D = {dim}' for dim in (32, 64, 128, 256)),
+                         (0.340, 0.388, 0.410, 0.401)))},
+        'The paper’s values are of ImageNet and ResNet-18, quoted from memory: their order can be '
+        'compared, not their height.'),
+    'train_fraction': Table(
+        {f'{share:.0%} of the pictures': {'dataset.limit': share} for share in _SHARES},
+        {'knn': {}},
+        'The paper has such a table for ImageNet; its values are not at hand.'),
+    'proximal': Table(
+        {f'λ = {weight}, m = {momentum:g}': {'loss.proximal_weight': float(weight),
+                                             'bank.momentum': momentum}
+         for momentum in (0.0, 0.5) for weight in (0, 10, 30, 50)}, {'knn': {}},
+        'The paper gives no figures for it: it shows a smoother start of training.'),
+}
+
+
+def _smoke():
+  """Like configs/digits.py, for fewer epochs."""
+  config = config_lib.default()
+  config.dataset.name, config.dataset.limit = 'digits', 1297
+  config.model.update(name='resnet10', width=16)
+  config.loss.update(normalizer='ema', normalizer_decay=0.9)
+  config.augment.update(saturation=0.0, hue=0.0, grayscale=0.0, mean=(0.2,) * 3, std=(0.3,) * 3)
+  config.epochs = 30
+  config.optimizer.milestones = (25,)
+  config.knn.neighbors = 20
+  return config, 1
+
+
+def _small():
+  config = config_lib.default()
+  config.dataset.name, config.dataset.limit = 'tfds:cifar10', 10_000
+  config.model.update(name='resnet10_cifar', width=12)
+  config.loss.update(normalizer='ema', normalizer_decay=0.9)
+  config.epochs = 12
+  config.optimizer.update(schedule='cosine', warmup_epochs=1.0)
+  return config, 3
+
+
+def _paper():
+  """configs/cifar10.py; Z of NCE is frozen at the first batch, as published."""
+  config = config_lib.default()
+  config.dataset.name, config.dataset.limit = 'tfds:cifar10', 50_000
+  return config, 3
+
+
+SCALES = {'smoke': _smoke, 'small': _small, 'paper': _paper}
+
+
+def configure(table, scale, title, seed, dataset=None, data_dir=None):
+  """The configuration of one run.
+
+  Args:
+    table: of `TABLES`.
+    scale: of `SCALES`.
+    title: of a row.
+    seed: of the run.
+    dataset: in place of the scale's own.
+    data_dir: of TFDS.
+
+  Returns:
+    A `ConfigDict`.
+  """
+  config, _ = SCALES[scale]()
+  settings = dict(TABLES[table].rows[title])
+  if 'dataset.limit' in settings:
+    settings['dataset.limit'] = round(settings['dataset.limit'] * config.dataset.limit)
+  config.update_from_flattened_dict(settings)
+  config.seed, config.dataset.data_dir = seed, data_dir
+  config.dataset.name = dataset or config.dataset.name
+  config.knn.every_epochs = max(1, config.epochs // 5)
+  config.checkpoint.update(every_steps=500, keep=1)
+  return config
+
+
+def run_row(config, workdir, with_svm, watch):
+  """Trains one row once, or goes on with it; returns its measures, {name: value}."""
+  main_lib.run(config, workdir, watch=watch)
+  summary = json.loads((workdir / report.SUMMARY).read_text())
+  kept = {'knn': summary['knn_top1'], 'loss': summary['final_loss'], 'steps': summary['steps'],
+          'seconds': summary['wall_seconds'], 'untrained': summary['knn_top1_untrained'],
+          'pixels': summary['knn_top1_pixels']}
+  if with_svm:
+    file = workdir / 'svm.json'
+    if not file.exists():
+      watch.check()
+      found = evaluate.support_vectors(evaluate.prepare(inference.load(workdir)))
+      partial = file.with_suffix('.partial')
+      partial.write_text(json.dumps(found[0]))
+      os.replace(partial, file)
+    kept['svm'] = json.loads(file.read_text())['top1']
+  return kept
+
+
+def interval(values):
+  """(mean, half its 95% interval by Student's t; None for a single value)."""
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return mean, None
+  spread = float(np.std(values, ddof=1)) / len(values)**0.5
+  return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
+
+
+def write(output, name, scale, results, about_data):
+  """Writes table.md, plot.png and results.json of the rows there are.
+
+  Args:
+    output: the folder.
+    name: of `TABLES`.
+    scale: of `SCALES`.
+    results: {title: {seed: measures}}.
+    about_data: what was trained on and how, a paragraph.
+  """
+  table = TABLES[name]
+  lines = [f'# {name}, scale {scale}', '', about_data, '', table.about, '']
+  measures = list(table.paper)
+  head = ['row']
+  for measure in measures:
+    head += [f'{measure}, paper', f'{measure}, here', '± 95%', 'each seed']
+  lines += [f'| {" | ".join(head)} | last loss | seconds |', '|---' * (len(head) + 2) + '|']
+  for title, by_seed in results.items():
+    cells = [title]
+    for measure in measures:
+      values = [run[measure] for run in by_seed.values()]
+      mean, half = interval(values)
+      known = table.paper[measure].get(title)
+      cells += ['–' if known is None else f'{known:.3f}', f'{mean:.3f}',
+                '–' if half is None else f'{half:.3f}', ', '.join(f'{v:.3f}' for v in values)]
+    runs = by_seed.values()
+    lines.append(f'| {" | ".join(cells)} | {np.mean([run["loss"] for run in runs]):.3f} | '
+                 f'{np.mean([run["seconds"] for run in runs]):.0f} |')
+  runs = [run for by_seed in results.values() for run in by_seed.values()]
+  lines += ['', f'For comparison, by kNN: raw pixels {runs[0]["pixels"]:.3f}, untrained encoder '
+                f'{np.mean([run["untrained"] for run in runs]):.3f}.', '', '![plot](plot.png)', '']
+  (output / 'results.json').write_text(json.dumps(
+      {'table': name, 'scale': scale, 'about': about_data, 'rows': results}, indent=2,
+      ensure_ascii=False) + '\n')
+  report.save_picture(plot(table, results, f'{name}, scale {scale}'), output / 'plot.png')
+  (output / 'table.md').write_text('\n'.join(lines))
+
+
+def plot(table, results, title):
+  """A figure: our means with their intervals and seeds, and the paper's values."""
+  figure, grid = plt.subplots(1, len(table.paper), squeeze=False, layout='constrained',
+                              figsize=(1.5 + 5.5 * len(table.paper), 1.2 + 0.45 * len(results)))
+  place = np.arange(len(results))
+  for axes, (measure, known) in zip(grid[0], table.paper.items()):
+    for y, by_seed in enumerate(results.values()):
+      values = [run[measure] for run in by_seed.values()]
+      mean, half = interval(values)
+      axes.errorbar(mean, y, xerr=half, fmt='o', color='#1f77b4', capsize=4,
+                    label='here, 95% interval' if y == 0 else None)
+      axes.plot(values, [y] * len(values), '|', color='#1f77b4', ms=12)
+    given = [(known[row], y) for y, row in enumerate(results) if row in known]
+    if given:
+      axes.plot(*zip(*given), 'D', color='#d62728', ms=5, label='paper')
+    if measure == 'knn':
+      first = next(iter(next(iter(results.values())).values()))
+      axes.axvline(first['pixels'], color='gray', ls='--', lw=1, label='raw pixels')
+      axes.axvline(first['untrained'], color='gray', ls=':', lw=1, label='untrained')
+    axes.set_yticks(place, results)
+    axes.invert_yaxis()
+    axes.set(xlabel=f'{measure} top-1', title=title)
+    axes.grid(axis='x', alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(fontsize=8)
+  return figure
+
+
+def describe(config, seeds):
+  """What was trained, a paragraph."""
+  return (f'{config.dataset.limit:,} pictures of `{config.dataset.name}`, {config.model.name} of '
+          f'width {config.model.width}, {config.epochs} epochs of batches of {config.batch_size}, '
+          f'learning rate {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), '
+          f'τ = {config.loss.temperature:g}, Z of NCE: {config.loss.normalizer}'
+          + (f' with decay {config.loss.normalizer_decay:g}'
+             if config.loss.normalizer == 'ema' else '')
+          + f'; kNN with K = {config.knn.neighbors}; {seeds} seed{"s" if seeds > 1 else ""} a row. '
+          f'instdisc_jax {__version__}, JAX {jax.__version__}, {jax.devices()[0].device_kind}.')
+
+
+def main(argv=None):
+  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
+  def command():
+    parser = argparse.ArgumentParser(
+        prog='python -m instdisc_jax.reproduce', description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s --table=TABLE --scale=SCALE [--output=DIR] [--seeds=N]')
+    parser.error = lambda message: errors.raise_user_error(f'{message}: see --help')
+    parser.add_argument('--table', required=True, metavar='TABLE', help=f'of {", ".join(TABLES)}')
+    parser.add_argument('--scale', required=True, metavar='SCALE', help=f'of {", ".join(SCALES)}')
+    parser.add_argument('--output', metavar='DIR',
+                        help='of the runs, table.md and plot.png (default: '
+                             'runs/reproduce/TABLE-SCALE)')
+    parser.add_argument('--seeds', type=int, metavar='N', help='of each row (default: 1 of smoke, '
+                                                               'else 3)')
+    parser.add_argument('--dataset', metavar='NAME', help='in place of CIFAR-10 or the digits')
+    parser.add_argument('--data_dir', metavar='DIR', help='of TFDS')
+    args = parser.parse_args(argv)
+    for name, known in (('table', TABLES), ('scale', SCALES)):
+      if getattr(args, name) not in known:
+        raise errors.UserError(f"--{name} is '{getattr(args, name)}', must be one of "
+                               f'{", ".join(known)}: set --{name}')
+    base, seeds = SCALES[args.scale]()
+    base.dataset.name = args.dataset or base.dataset.name
+    seeds = seeds if args.seeds is None else args.seeds
+    if seeds < 1:
+      raise errors.UserError(f'--seeds is {seeds}, must be at least 1: set --seeds')
+    output = pathlib.Path(args.output or f'runs/reproduce/{args.table}-{args.scale}')
+    checkpoint.leave_errors_to_orbax()
+    results, with_svm = {}, 'svm' in TABLES[args.table].paper
+    with preemption.Watch() as watch:
+      for seed in range(seeds):  # every row has a value early on
+        for number, title in enumerate(TABLES[args.table].rows):
+          print(f'seed {seed}, {title}', flush=True)
+          config = configure(args.table, args.scale, title, seed, args.dataset, args.data_dir)
+          workdir = output / 'rows' / f'{number}-seed{seed}'
+          results.setdefault(title, {})[seed] = run_row(config, workdir, with_svm, watch)
+          write(output, args.table, args.scale, results, describe(base, seed + 1))
+    print(output / 'table.md')
+
+  return errors.exit_code(command)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,75 @@
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+from scipy import stats
+
+from instdisc_jax import config as config_lib
+from instdisc_jax import reproduce
+from tests.conftest import small_config
+
+
+@pytest.mark.parametrize('scale', reproduce.SCALES)
+@pytest.mark.parametrize('table', reproduce.TABLES)
+def test_every_row_of_every_table_has_valid_settings_of_its_own(table, scale):
+  configs = [reproduce.configure(table, scale, title, 3) for title in reproduce.TABLES[table].rows]
+  for config in configs:
+    config_lib.validate(config)
+    config_lib.validate_for_data(config, config.dataset.limit, (32, 32), 1)
+    assert config.seed == 3
+  assert len({config.to_json() for config in configs}) == len(configs) >= 3
+
+
+def test_the_paper_scale_is_the_published_recipe():
+  config = reproduce.configure('cifar10', 'paper', 'NCE, M = 4,096', 0)
+  published = config_lib.default()
+  published.dataset.update(name='tfds:cifar10', limit=50_000)
+  published.loss.name = 'nce'
+  published.knn.every_epochs = config.knn.every_epochs
+  published.checkpoint.update(every_steps=500, keep=1)
+  assert config.to_dict() == published.to_dict()
+  assert reproduce.TABLES['cifar10'].paper['knn']['parametric softmax'] == 0.630
+  assert reproduce.TABLES['cifar10'].paper['svm']['full softmax'] == 0.754
+
+
+def test_the_interval_is_scipy_s():
+  values = [0.41, 0.44, 0.39]
+  mean, half = reproduce.interval(values)
+  low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+  assert (mean - half, mean + half) == pytest.approx((low, high))
+  assert reproduce.interval([0.3]) == (0.3, None)
+
+
+def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
+  run = lambda knn: {'knn': knn, 'svm': knn - 0.1, 'loss': 5.0, 'seconds': 60.0, 'steps': 9,
+                     'untrained': 0.2, 'pixels': 0.3}
+  results = {'full softmax': {0: run(0.5), 1: run(0.6)}, 'NCE, M = 1': {0: run(0.25)}}
+  reproduce.write(tmp_path, 'cifar10', 'smoke', results, 'about')
+  table = (tmp_path / 'table.md').read_text()
+  assert '| full softmax | 0.808 | 0.550 | 0.635 | 0.500, 0.600 | 0.754 | 0.450 |' in table
+  assert '| NCE, M = 1 | 0.425 | 0.250 | – | 0.250 |' in table
+  assert 'raw pixels 0.300, untrained encoder 0.200' in table
+  with Image.open(tmp_path / 'plot.png') as image:
+    assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
+
+
+@pytest.mark.slow
+def test_a_table_is_made_row_by_row_and_nothing_is_done_twice(tmp_path, monkeypatch):
+  monkeypatch.setitem(reproduce.SCALES, 'smoke', lambda: (small_config(), 1))
+  rows = {title: reproduce.TABLES['cifar10'].rows[title] for title in (
+      'parametric softmax', 'full softmax')}
+  monkeypatch.setitem(reproduce.TABLES, 'cifar10', reproduce.Table(
+      rows, reproduce.TABLES['cifar10'].paper, 'about'))
+  arguments = ['--table=cifar10', '--scale=smoke', f'--output={tmp_path}']
+  assert reproduce.main(arguments) == 0
+  first = json.loads((tmp_path / 'results.json').read_text())
+  made = {path: path.stat().st_mtime_ns for path in tmp_path.glob('rows/*/checkpoints/*')}
+  assert len(made) == 2
+  assert reproduce.main([*arguments, '--seeds=2']) == 0
+  second = json.loads((tmp_path / 'results.json').read_text())
+  assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+  for title in rows:
+    assert second['rows'][title]['0'] == first['rows'][title]['0']
+    assert 0 < second['rows'][title]['1']['svm'] <= 1
+    assert second['rows'][title]['1'] != second['rows'][title]['0']
