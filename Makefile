@@ -2,7 +2,7 @@
 # make test            set-up, and the tests that CI runs
 # make test-all        those and the slow ones
 # make soak            kills the demo at random moments, 20 runs: see docs/reliability.md
-# make lint            ruff
+# make lint            ruff and shellcheck
 # make setup           .venv with everything; the others call it
 PYTHON ?= python3
 SEED ?= 0
@@ -38,6 +38,7 @@ soak: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
 
 clean:
 	rm -rf .venv build *.egg-info
