@@ -72,8 +72,11 @@ class Model:
   @functools.cached_property
   def dataset(self):
     """The `data.Dataset` that the run was trained on; raises `errors.UserError` if it is gone."""
+    settings, fingerprint = workdir_lib.read(self.workdir)
+    if 'dataset.name' not in settings:
+      raise errors.UserError(f"'{self.workdir}' holds weights and does not know their pictures: "
+                             'train on them first, with this --workdir')
     dataset = data.load(self.config.dataset, self.config.seed, self.workdir)
-    _, fingerprint = workdir_lib.read(self.workdir)
     if fingerprint not in (None, dataset.train.fingerprint):
       raise errors.UserError(f"'{self.workdir}' was trained on other data of the name "
                              f'{dataset.name}: put them back')

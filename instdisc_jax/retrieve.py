@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import checkpoint, errors, inference
+from instdisc_jax import checkpoint, errors, inference, preemption
 from instdisc_jax.data import decode, folder, pictures
 from instdisc_jax.evaluation import knn
 
@@ -31,7 +31,7 @@ _TEMPLATE = pathlib.Path(__file__).with_suffix('.html')
 _MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # what shows a folder to be ours
 
 
-def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error'):
+def build(model, output, watch, images=None, num_queries=_QUERIES, on_unreadable='error'):
   """Makes the page.
 
   Similarities are cosines between a query's fresh embedding and rows of the memory bank; of a
@@ -40,6 +40,7 @@ def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error
   Args:
     model: `inference.Model`.
     output: the folder to make: index.html, data.js and pictures/.
+    watch: a `preemption.Watch`, asked now and then.
     images: a folder of pictures to ask about; by default the held-out pictures of the run's data,
       or, where there are none, the training pictures.
     num_queries: most of them, evenly spread.
@@ -50,6 +51,7 @@ def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error
 
   Raises:
     errors.UserError: there is no bank, the data are gone, or a picture can't be read.
+    errors.Stopped: a signal came; nothing is left behind.
   """
   trained, bank = model.dataset.train, model.bank
   if bank is None:
@@ -62,29 +64,39 @@ def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error
     queries, names, _ = folder.load(images, on_unreadable, setting='set --images=FOLDER')
     queries, titles = _relabelled(queries, names, class_names), f'pictures of {images}'
 
-  closest, order = _scan(bank, model.config.seed)
-  pairs, alone = _duplicates(*closest, order), _outliers(closest[0], order)
+  closest, scanned = _scan(bank, model.config.seed)
+  watch.check()
+  pairs, alone = _duplicates(*closest, scanned), _outliers(closest[0], scanned)
+  exact = np.array([i for i, _ in alone])  # training pictures searched for in the whole bank
+  rows = [exact, [i for pair in pairs for i in pair[:2]]]  # those that the page shows
   if queries is None:
     asked, titles = _spread(len(trained), num_queries), 'training pictures'
-    shown = asked
+    exact = np.union1d(exact, asked)
   else:
     asked = _spread(len(queries), num_queries)
     query_names, queries = _names(queries, asked, 'test'), queries.subset(asked, 'queries')
-    embedding = np.concatenate(list(model.embed_all(queries)))
-    k = min(NEIGHBORS, len(bank))
-    similarity, row = map(np.asarray, knn.nearest(embedding, bank, k=k))
-    shown = np.unique(row)
+    embedding = _embed(model, queries, watch)
+    similarity, row = map(np.asarray, knn.nearest(embedding, bank, k=min(NEIGHBORS, len(bank))))
+    rows.append(row.ravel())
   if len(trained) <= _WHOLE:
-    shown = np.arange(len(trained))
-  else:
-    listed = [[i for pair in pairs for i in pair[:2]], [i for i, _ in alone]]
-    shown = np.unique(np.concatenate([shown, *listed]).astype(int))
+    exact = np.arange(len(trained))
   own_similarity, own_row = map(np.asarray, knn.nearest(
-      bank[shown], bank[shown], np.arange(len(shown)), k=min(NEIGHBORS, len(shown) - 1)))
+      bank[exact], bank, exact, k=min(NEIGHBORS, len(bank) - 1)))
+  shown = np.unique(np.concatenate([exact, own_row.ravel(), *rows]).astype(int))
+  others = np.setdiff1d(shown, exact)  # their neighbours are found among those shown
+  other_similarity, other_row = (np.zeros((0, 1)),) * 2
+  if len(others):
+    other_similarity, other_row = map(np.asarray, knn.nearest(
+        bank[others], bank[shown], np.searchsorted(shown, others),
+        k=min(NEIGHBORS, len(shown) - 1)))
 
   # On the page the training pictures come first, then the queries that are none of them.
   place = {int(row): i for i, row in enumerate(shown)}
-  neighbors, similarities = own_row.tolist(), own_similarity.tolist()
+  found = {int(i): ([place[int(j)] for j in line], values.tolist())
+           for i, line, values in zip(exact, own_row, own_similarity)}
+  found |= {int(i): (line.tolist(), values.tolist())
+            for i, line, values in zip(others, other_row, other_similarity)}
+  neighbors, similarities = map(list, zip(*(found[int(i)] for i in shown)))
   sources, names = [trained.subset(shown, 'page')], _names(trained, shown, 'train')
   if queries is None:
     ids = [place[int(i)] for i in asked]
@@ -96,15 +108,15 @@ def build(model, output, images=None, num_queries=_QUERIES, on_unreadable='error
     names += query_names
   page = {
       'title': f'{model.dataset.name}, step {model.step:,}', 'queried': titles,
-      'rows': len(trained), 'trained': len(shown), 'scanned': len(order), 'classes': class_names,
-      'names': names,
+      'rows': len(trained), 'trained': len(shown), 'scanned': len(scanned),
+      'restricted': [place[int(i)] for i in others], 'classes': class_names, 'names': names,
       'labels': np.concatenate([np.full(len(source), -1) if source.labels is None
                                 else source.labels for source in sources]).tolist(),
       'queries': ids, 'neighbors': neighbors,
       'similarity': [[round(s, 4) for s in line] for line in similarities],
       'duplicates': [[place[i], place[j], round(s, 4)] for i, j, s in pairs],
       'outliers': [[place[i], round(s, 4)] for i, s in alone]}
-  _write(page, sources, pathlib.Path(output))
+  _write(page, sources, pathlib.Path(output), watch)
   return len(ids)
 
 
@@ -122,6 +134,17 @@ def _relabelled(queries, names, class_names):
     number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([number.get(name, -1) for name in names], np.int32)[queries.labels]
   return pictures.Pictures(queries.files, labels, queries.fingerprint, queries.names)
+
+
+def _embed(model, queries, watch):
+  chunks = []
+  try:
+    for chunk in model.embed_all(queries):
+      chunks.append(chunk)
+      watch.check()
+  except errors.UserError as e:
+    raise errors.UserError(f'{e}: remove it, or set --on_unreadable=skip, or --images') from e
+  return np.concatenate(chunks)
 
 
 def _spread(n, most):
@@ -157,13 +180,13 @@ def _names(source, chosen, kind):
   return [f'{kind} {i}' if source.names is None else source.names[i] for i in chosen]
 
 
-def _write(page, sources, output):
+def _write(page, sources, output, watch):
   """The folder, whole or not at all; an earlier page of that name is replaced."""
   partial = output.with_name(output.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   try:
     (partial / 'pictures').mkdir(parents=True)
-    _write_pictures(sources, partial / 'pictures')
+    _write_pictures(sources, partial / 'pictures', watch)
     (partial / 'data.js').write_text(f'const PAGE = {json.dumps(page)};\n')
     shutil.copyfile(_TEMPLATE, partial / 'index.html')
     if output.exists():
@@ -172,13 +195,13 @@ def _write(page, sources, output):
   except OSError as e:
     if errors.is_no_space(e):
       raise
-    raise errors.UserError(f"'{output}' can't be written ({e.strerror}): set --output to a place "
-                           'that can') from e
+    raise errors.UserError(f"'{output}' can't be written ({e.strerror or e}): set --output to a "
+                           'place that can') from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_pictures(sources, place):
+def _write_pictures(sources, place, watch):
   """One small picture each, numbered through."""
   todo = [(source, i) for source in sources for i in range(len(source))]
 
@@ -187,18 +210,20 @@ def _write_pictures(sources, place):
     try:
       picture = Image.fromarray(decode.decode(source.files[i]))
     except (OSError, decode.UnreadableError) as e:
-      raise pictures.unreadable(source, i, e) from e
+      reason = getattr(e, 'strerror', None) or e
+      raise errors.UserError(f'{source.name(i)} {reason}: put it back as it was, or set --images '
+                             'to a folder without it') from e
     picture.thumbnail((_SIDE, _SIDE))
     picture.save(place / f'{number}.webp', quality=80, lossless=max(picture.size) <= 64)
 
   with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         pictures.progress('writing pictures') as progress):
     for _ in progress.track(pool.map(write, range(len(todo))), len(todo)):
-      pass
+      watch.check()
 
 
 def main(argv=None):
-  """The command; returns its exit code: 0, or 2 for a user's mistake."""
+  """The command; returns its exit code: 0, 2 (a user's mistake), 75 (stopped)."""
   def command():
     parser = argparse.ArgumentParser(
         prog='python -m instdisc_jax.retrieve', description=__doc__, allow_abbrev=False,
@@ -215,25 +240,28 @@ def main(argv=None):
     parser.add_argument('--on_unreadable', choices=('error', 'skip'), default='error',
                         help='what becomes of files of --images that give no picture')
     args = parser.parse_args(argv)
-    output = pathlib.Path(args.output)
+    output = pathlib.Path(args.output).resolve()
     errors.check_place(output)
     if output.exists() and not _is_page(output):
-      raise errors.UserError(f"'{output}' exists and is no page of this command: set --output to a "
-                             'new folder')
+      raise errors.UserError(f"'{args.output}' exists and is more than a page of this command: set "
+                             '--output to a new folder')
     if args.queries < 1:
       raise errors.UserError(f'--queries is {args.queries}, must be at least 1: set --queries')
     logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
     checkpoint.leave_errors_to_orbax()
-    count = build(inference.load(args.workdir), output, args.images, args.queries,
-                  args.on_unreadable)
+    with preemption.Watch() as watch:
+      count = build(inference.load(args.workdir), output, watch, args.images, args.queries,
+                    args.on_unreadable)
     print(f'{output / "index.html"}: {count} queries')
 
   return errors.exit_code(command)
 
 
 def _is_page(path):
+  """Whether a folder is a page of ours and holds nothing else."""
   index = path / 'index.html'
-  return index.is_file() and _MARK in index.read_text(errors='replace')[:500]
+  return (index.is_file() and _MARK in index.read_text(errors='replace')[:500]
+          and {file.name for file in path.iterdir()} <= {'index.html', 'data.js', 'pictures'})
 
 
 if __name__ == '__main__':

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -8,9 +9,10 @@ import pytest
 from sklearn import neighbors
 
 import instdisc_jax
-from instdisc_jax import data, retrieve
+from instdisc_jax import data, errors, inference, preemption, retrieve
+from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.data import pictures
-from tests.conftest import write_pictures
+from tests.conftest import small_config, write_pictures
 
 
 def _page(folder):
@@ -66,9 +68,10 @@ def test_a_page_of_many_pictures_has_those_it_shows(trained, tmp_path, monkeypat
   monkeypatch.setattr(retrieve, '_WHOLE', 50)
   monkeypatch.setattr(retrieve, '_SCANNED', 60)
   monkeypatch.setattr(retrieve, '_LISTED', 3)
-  retrieve.build(instdisc_jax.load(trained[0]), tmp_path / 'page', num_queries=2)
+  retrieve.build(instdisc_jax.load(trained[0]), tmp_path / 'page', preemption.Watch(),
+                 num_queries=2)
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(trained[0])
-  assert page['rows'] == 128 and 20 <= page['trained'] < 60 and page['scanned'] == 60
+  assert page['rows'] == 128 and 20 <= page['trained'] < 128 and page['scanned'] == 60
   row = lambda i: int(page['names'][i].removeprefix('train '))
   for i in page['queries']:  # among all of the bank
     embedding = model.embed(model.dataset.test.files[int(page['names'][i].removeprefix('test '))])
@@ -81,11 +84,60 @@ def test_a_page_of_many_pictures_has_those_it_shows(trained, tmp_path, monkeypat
   assert len(page['outliers']) == 3
 
 
+def test_without_held_out_pictures_the_queries_are_training_pictures_in_the_whole_bank(
+    trained, tmp_path, monkeypatch):
+  monkeypatch.setattr(retrieve, '_WHOLE', 50)
+  monkeypatch.setattr(retrieve, '_LISTED', 3)
+  model = instdisc_jax.load(trained[0])
+  model.__dict__['dataset'] = dataclasses.replace(model.dataset, test=None)
+  retrieve.build(model, tmp_path / 'page', preemption.Watch(), num_queries=4)
+  page = _page(tmp_path / 'page')
+  row = lambda i: int(page['names'][i].removeprefix('train '))
+  assert len(page['queries']) == 4 and page['trained'] < 128 and page['restricted']
+  for i in {*page['queries'], *(i for i, _ in page['outliers'])}:
+    assert i not in page['restricted']
+    others = np.delete(model.bank @ model.bank[row(i)], row(i))
+    np.testing.assert_allclose(page['similarity'][i], np.sort(others)[::-1][:20], atol=1e-4)
+  for i in page['restricted']:
+    on_page = [j for j in range(page['trained']) if j != i]
+    expected = np.sort(model.bank[[row(j) for j in on_page]] @ model.bank[row(i)])[::-1][:20]
+    np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
+
+
+def test_a_workdir_that_does_not_know_its_pictures_is_named(tmp_path, capsys):
+  (tmp_path / 'run').mkdir()
+  workdir_lib.write(tmp_path / 'run', {'model.name': 'resnet18'}, None)
+  model = inference.Model(tmp_path / 'run', small_config(), {
+      'step': 0, 'bank': np.eye(16, dtype=np.float32), 'params': {}, 'batch_stats': {}})
+  with pytest.raises(errors.UserError, match='holds weights and does not know their pictures: '):
+    retrieve.build(model, tmp_path / 'page', preemption.Watch())
+
+
+def test_what_else_lies_in_a_page_s_folder_is_kept(trained, tmp_path, capsys):
+  page = tmp_path / 'page'
+  assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 0
+  (page / 'notes.txt').write_text('mine')
+  assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 2
+  assert 'is more than a page of this command' in capsys.readouterr().err
+  assert (page / 'notes.txt').read_text() == 'mine'
+
+
+def test_an_unreadable_picture_is_named_with_what_to_do(trained_folder, tmp_path, capsys):
+  write_pictures(tmp_path / 'other')
+  (tmp_path / 'other' / 'redless' / 'bad.jpg').write_text('text')
+  arguments = (('workdir', trained_folder[1]), ('images', tmp_path / 'other'),
+               ('output', tmp_path / 'page'))
+  assert _make(*arguments) == 2
+  told = capsys.readouterr().err
+  assert 'bad.jpg' in told and 'set --on_unreadable=skip' in told and told.count('\n') == 1
+  assert not (tmp_path / 'page').exists() and not list(tmp_path.glob('*.partial'))
+
+
 def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'index.html').write_text('<html>')
   assert _make(('workdir', trained[0]), ('output', tmp_path / 'mine')) == 2
-  assert 'exists and is no page of this command' in capsys.readouterr().err
+  assert 'exists and is more than a page of this command' in capsys.readouterr().err
   assert (tmp_path / 'mine' / 'index.html').read_text() == '<html>'
 
 
@@ -119,7 +171,7 @@ def big_page(tmp_path_factory):
       config=types.SimpleNamespace(seed=0), workdir='w', step=1234,
       embed_all=lambda source: [vectors[3000:]])
   folder = tmp_path_factory.mktemp('big') / 'page'
-  assert retrieve.build(model, folder) == 1000
+  assert retrieve.build(model, folder, preemption.Watch()) == 1000
   return folder
 
 
@@ -203,7 +255,13 @@ def test_search_tabs_and_keys(visit, big_page):
   page, made = visit(), _page(big_page)
   page.get_by_label('class', exact=True).select_option('kind 3')
   count = sum(made['labels'][i] == 3 for i in made['queries'])
-  assert page.locator('#told').inner_text().startswith(f'{count} held-out pictures')
+  assert page.locator('#told').inner_text().startswith(f'{count} held-out pictures, each')
+  page.get_by_label('search by class or file name').fill('kind3')
+  named = ['kind3' in name for name in made['names']]
+  count = sum(named[i] for i in made['queries'])
+  other = sum(named) - count
+  start = f'{count} held-out pictures and {other} other training pictures, each'
+  assert page.locator('#told').inner_text().startswith(start)
   page.get_by_label('search by class or file name').fill('/17.png')  # a training picture
   found = page.locator(f'{QUERY} .name').all_inner_texts()
   assert found == ([made['names'][17]] if made['labels'][17] == 3 else [])
@@ -239,3 +297,19 @@ def test_a_thousand_queries_are_drawn_as_they_are_scrolled_to(visit):
     scrollTo(0, document.body.scrollHeight);
     return document.querySelectorAll('.row').length === 1000;
   }''', timeout=60_000)
+  # From the middle of it to a picture and back: the same row, the same picture in focus.
+  page.evaluate('document.querySelectorAll(".row")[500].scrollIntoView({block: "center"})')
+  picture = page.locator('.row').nth(500).locator('.near .picture').nth(4)
+  number = picture.get_attribute('data-id')
+  picture.click()
+  assert page.url.endswith(f'#picture={number}')
+  page.keyboard.press('Escape')
+  page.wait_for_function('document.querySelectorAll(".row").length > 1')
+  page.wait_for_function("""(number) => {
+    const line = document.querySelectorAll('.row')[500], box = line?.getBoundingClientRect();
+    return line?.contains(document.activeElement) && document.activeElement.dataset.id === number
+        && box.top >= 0 && box.bottom <= innerHeight;
+  }""", arg=number)
+  page.keyboard.press('ArrowDown')
+  assert page.evaluate("""() => [...document.querySelectorAll('.row')].indexOf(
+      document.activeElement.closest('.row'))""") in (500, 501)
