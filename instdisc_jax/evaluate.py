@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 import sys
 
 import jax
@@ -24,9 +25,9 @@ from sklearn import metrics
 from instdisc_jax import checkpoint, data, errors, inference, train
 from instdisc_jax.evaluation import few_label, geometry, knn, probes, report, stages
 
-FILE, CONFUSION = 'evaluations.jsonl', 'confusion.png'
+FILE = 'evaluations.jsonl'
 _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
-_CLASSES_SHOWN = 20
+_CLASSES_SHOWN, _CLASSES_DRAWN = 20, 2000
 _HELD_OUT = 0.2  # of a set without held-out pictures, for the protocols that train
 
 
@@ -36,6 +37,7 @@ class Sets:
 
   Attributes:
     model: `inference.Model`.
+    name: of the data set.
     train: {stage: [N, F]}.
     train_labels: [N] int.
     test: {stage: [Q, F]}.
@@ -46,6 +48,7 @@ class Sets:
     test_pictures: `data.Pictures`, Q of them.
   """
   model: inference.Model
+  name: str
   train: dict
   train_labels: np.ndarray
   test: dict
@@ -60,12 +63,13 @@ class Sets:
     return len(self.class_names)
 
 
-def prepare(model, name=None):
+def prepare(model, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
   """Collects the features that the protocols need.
 
   Args:
     model: `inference.Model`.
     name: another data set to evaluate the features on, as `dataset.name`; by default the run's own.
+    wanted: the stages whose features are needed.
 
   Returns:
     `Sets`.
@@ -86,15 +90,17 @@ def prepare(model, name=None):
     shuffled = np.random.RandomState(0).permutation(len(rows))
     test_rows, rows = map(np.sort, np.split(shuffled, [max(1, round(_HELD_OUT * len(rows)))]))
   folder = model.workdir / 'features'
-  known = stages.collect(model, dataset.train, folder)
+  known = stages.collect(model, dataset.train, folder, wanted)
   if dataset.test is None:
     test, test_labels = ({k: x[test_rows] for k, x in known.items()},
                          dataset.train.labels[test_rows])
   else:
-    test, test_labels = stages.collect(model, dataset.test, folder), dataset.test.labels
+    test = stages.collect(model, dataset.test, folder, wanted)
+    test_labels = dataset.test.labels
   num_classes = int(max(dataset.train.labels.max(), test_labels.max())) + 1
-  return Sets(model, {k: x[rows] for k, x in known.items()}, dataset.train.labels[rows], test,
-              test_labels, dataset.class_names or tuple(map(str, range(num_classes))),
+  return Sets(model, name or model.config.dataset.name, {k: x[rows] for k, x in known.items()},
+              dataset.train.labels[rows], test, test_labels,
+              dataset.class_names or tuple(map(str, range(num_classes))),
               None if bank is None else bank[rows], dataset.train.subset(rows, 'train'),
               dataset.test or dataset.train.subset(test_rows, 'test'))
 
@@ -131,9 +137,17 @@ def nearest_neighbours(sets):
           results[-1]['per_class'] = {
               name: float(line[i] / line.sum()) if line.sum() else None
               for i, (name, line) in enumerate(zip(sets.class_names, counts))}
-          report.save_picture(report.confusion(counts, sets.class_names),
-                              sets.model.workdir / CONFUSION)
+          if sets.num_classes <= _CLASSES_DRAWN:
+            report.save_picture(report.confusion(counts, sets.class_names, sets.name),
+                                sets.model.workdir / _confusion_file(sets))
   return results
+
+
+def _confusion_file(sets):
+  """confusion.png, or with the name of another data set in it."""
+  if sets.name == sets.model.config.dataset.name:
+    return 'confusion.png'
+  return f'confusion-{re.sub("[^A-Za-z0-9]+", "-", sets.name).strip("-")}.png'
 
 
 def linear(sets):
@@ -145,10 +159,10 @@ def linear(sets):
 
 
 def support_vectors(sets):
-  """A row of results for the pooled features and one for the embedding."""
+  """A row of results for the pooled features and one for the embedding, if they are there."""
   return [{'features': name} | probes.support_vectors(
       sets.train[name], sets.train_labels, sets.test[name], sets.test_labels)
-          for name in ('pooled', stages.EMBEDDING)]
+          for name in ('pooled', stages.EMBEDDING) if name in sets.train]
 
 
 def fine_tune(sets):

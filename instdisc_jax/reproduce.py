@@ -16,6 +16,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shutil
 import sys
 
 import jax
@@ -112,7 +114,7 @@ def _paper():
 SCALES = {'smoke': _smoke, 'small': _small, 'paper': _paper}
 
 
-def configure(table, scale, title, seed, dataset=None, data_dir=None):
+def configure(table, scale, title, seed, data_dir=None):
   """The configuration of one run.
 
   Args:
@@ -120,7 +122,6 @@ def configure(table, scale, title, seed, dataset=None, data_dir=None):
     scale: of `SCALES`.
     title: of a row.
     seed: of the run.
-    dataset: in place of the scale's own.
     data_dir: of TFDS.
 
   Returns:
@@ -132,15 +133,25 @@ def configure(table, scale, title, seed, dataset=None, data_dir=None):
     settings['dataset.limit'] = round(settings['dataset.limit'] * config.dataset.limit)
   config.update_from_flattened_dict(settings)
   config.seed, config.dataset.data_dir = seed, data_dir
-  config.dataset.name = dataset or config.dataset.name
   config.knn.every_epochs = max(1, config.epochs // 5)
   config.checkpoint.update(every_steps=500, keep=1)
   return config
 
 
 def run_row(config, workdir, with_svm, watch):
-  """Trains one row once, or goes on with it; returns its measures, {name: value}."""
-  main_lib.run(config, workdir, watch=watch)
+  """Trains one row once, or goes on with it; returns its measures, {name: value}.
+
+  Raises:
+    errors.UserError: the data are not there, or the folder holds something else.
+    errors.RunError: the run failed.
+    errors.Stopped: a signal came.
+  """
+  try:
+    main_lib.run(config, workdir, watch=watch)
+  except errors.UserError as e:  # in the settings of this command
+    told = str(e).replace('--config.dataset.data_dir', '--data_dir')
+    raise errors.UserError(re.sub('set --config.* or another --workdir', 'set another --output',
+                                  told).replace('--workdir', '--output')) from e
   summary = json.loads((workdir / report.SUMMARY).read_text())
   kept = {'knn': summary['knn_top1'], 'loss': summary['final_loss'], 'steps': summary['steps'],
           'seconds': summary['wall_seconds'], 'untrained': summary['knn_top1_untrained'],
@@ -149,10 +160,12 @@ def run_row(config, workdir, with_svm, watch):
     file = workdir / 'svm.json'
     if not file.exists():
       watch.check()
-      found = evaluate.support_vectors(evaluate.prepare(inference.load(workdir)))
+      sets = evaluate.prepare(inference.load(workdir), wanted=('pooled',))
+      found = evaluate.support_vectors(sets)
       partial = file.with_suffix('.partial')
       partial.write_text(json.dumps(found[0]))
       os.replace(partial, file)
+      shutil.rmtree(workdir / 'features')
     kept['svm'] = json.loads(file.read_text())['top1']
   return kept
 
@@ -166,7 +179,7 @@ def interval(values):
   return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
 
 
-def write(output, name, scale, results, about_data):
+def write(output, name, scale, results, failed, about_data):
   """Writes table.md, plot.png and results.json of the rows there are.
 
   Args:
@@ -174,6 +187,7 @@ def write(output, name, scale, results, about_data):
     name: of `TABLES`.
     scale: of `SCALES`.
     results: {title: {seed: measures}}.
+    failed: {run: why}.
     about_data: what was trained on and how, a paragraph.
   """
   table = TABLES[name]
@@ -196,7 +210,9 @@ def write(output, name, scale, results, about_data):
                  f'{np.mean([run["seconds"] for run in runs]):.0f} |')
   runs = [run for by_seed in results.values() for run in by_seed.values()]
   lines += ['', f'For comparison, by kNN: raw pixels {runs[0]["pixels"]:.3f}, untrained encoder '
-                f'{np.mean([run["untrained"] for run in runs]):.3f}.', '', '![plot](plot.png)', '']
+                f'{np.mean([run["untrained"] for run in runs]):.3f}.',
+            *(f'Failed: {run}: {why}.' for run, why in failed.items()),
+            '', '![plot](plot.png)', '']
   (output / 'results.json').write_text(json.dumps(
       {'table': name, 'scale': scale, 'about': about_data, 'rows': results}, indent=2,
       ensure_ascii=False) + '\n')
@@ -232,7 +248,7 @@ def plot(table, results, title):
   return figure
 
 
-def describe(config, seeds):
+def describe(config):
   """What was trained, a paragraph."""
   return (f'{config.dataset.limit:,} pictures of `{config.dataset.name}`, {config.model.name} of '
           f'width {config.model.width}, {config.epochs} epochs of batches of {config.batch_size}, '
@@ -240,8 +256,8 @@ def describe(config, seeds):
           f'τ = {config.loss.temperature:g}, Z of NCE: {config.loss.normalizer}'
           + (f' with decay {config.loss.normalizer_decay:g}'
              if config.loss.normalizer == 'ema' else '')
-          + f'; kNN with K = {config.knn.neighbors}; {seeds} seed{"s" if seeds > 1 else ""} a row. '
-          f'instdisc_jax {__version__}, JAX {jax.__version__}, {jax.devices()[0].device_kind}.')
+          + f'; kNN with K = {config.knn.neighbors}. instdisc_jax {__version__}, '
+          f'JAX {jax.__version__}, {jax.devices()[0].device_kind}.')
 
 
 def main(argv=None):
@@ -259,7 +275,6 @@ def main(argv=None):
                              'runs/reproduce/TABLE-SCALE)')
     parser.add_argument('--seeds', type=int, metavar='N', help='of each row (default: 1 of smoke, '
                                                                'else 3)')
-    parser.add_argument('--dataset', metavar='NAME', help='in place of CIFAR-10 or the digits')
     parser.add_argument('--data_dir', metavar='DIR', help='of TFDS')
     args = parser.parse_args(argv)
     for name, known in (('table', TABLES), ('scale', SCALES)):
@@ -267,21 +282,30 @@ def main(argv=None):
         raise errors.UserError(f"--{name} is '{getattr(args, name)}', must be one of "
                                f'{", ".join(known)}: set --{name}')
     base, seeds = SCALES[args.scale]()
-    base.dataset.name = args.dataset or base.dataset.name
     seeds = seeds if args.seeds is None else args.seeds
     if seeds < 1:
       raise errors.UserError(f'--seeds is {seeds}, must be at least 1: set --seeds')
     output = pathlib.Path(args.output or f'runs/reproduce/{args.table}-{args.scale}')
     checkpoint.leave_errors_to_orbax()
-    results, with_svm = {}, 'svm' in TABLES[args.table].paper
+    jax.config.update('jax_compilation_cache_dir', str(output / 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    results, failed, with_svm = {}, {}, 'svm' in TABLES[args.table].paper
     with preemption.Watch() as watch:
       for seed in range(seeds):  # every row has a value early on
         for number, title in enumerate(TABLES[args.table].rows):
           print(f'seed {seed}, {title}', flush=True)
-          config = configure(args.table, args.scale, title, seed, args.dataset, args.data_dir)
+          config = configure(args.table, args.scale, title, seed, args.data_dir)
           workdir = output / 'rows' / f'{number}-seed{seed}'
-          results.setdefault(title, {})[seed] = run_row(config, workdir, with_svm, watch)
-          write(output, args.table, args.scale, results, describe(base, seed + 1))
+          try:
+            row = run_row(config, workdir, with_svm, watch)
+          except errors.RunError as e:
+            failed[f'{title}, seed {seed}'] = errors.one_line(e)
+          else:
+            results.setdefault(title, {})[seed] = row
+          if results:
+            write(output, args.table, args.scale, results, failed, describe(base))
+    if failed:
+      raise errors.RunError('; '.join(f'{run}: {why}' for run, why in failed.items()))
     print(output / 'table.md')
 
   return errors.exit_code(command)

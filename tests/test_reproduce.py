@@ -1,12 +1,14 @@
+import contextlib
 import json
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 from scipy import stats
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import reproduce
+from instdisc_jax import errors, reproduce
 from tests.conftest import small_config
 
 
@@ -45,13 +47,52 @@ def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
   run = lambda knn: {'knn': knn, 'svm': knn - 0.1, 'loss': 5.0, 'seconds': 60.0, 'steps': 9,
                      'untrained': 0.2, 'pixels': 0.3}
   results = {'full softmax': {0: run(0.5), 1: run(0.6)}, 'NCE, M = 1': {0: run(0.25)}}
-  reproduce.write(tmp_path, 'cifar10', 'smoke', results, 'about')
+  reproduce.write(tmp_path, 'cifar10', 'smoke', results,
+                  {'NCE, M = 10, seed 0': 'loss is nan'}, 'about')
   table = (tmp_path / 'table.md').read_text()
   assert '| full softmax | 0.808 | 0.550 | 0.635 | 0.500, 0.600 | 0.754 | 0.450 |' in table
   assert '| NCE, M = 1 | 0.425 | 0.250 | – | 0.250 |' in table
+  assert 'Failed: NCE, M = 10, seed 0: loss is nan.' in table
   assert 'raw pixels 0.300, untrained encoder 0.200' in table
   with Image.open(tmp_path / 'plot.png') as image:
     assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_made(tmp_path, monkeypatch, capsys):
+  def run_row(config, workdir, with_svm, watch):
+    if config.loss.proximal_weight == 50:
+      raise errors.RunError('loss is nan at step 3')
+    return {'knn': 0.5, 'loss': 5.0, 'seconds': 60.0, 'steps': 9, 'untrained': 0.2, 'pixels': 0.3}
+  monkeypatch.setattr(reproduce, 'run_row', run_row)
+  tmp_path.joinpath('made').mkdir()
+  with cache_left_alone():
+    code = reproduce.main(['--table=proximal', '--scale=smoke', f'--output={tmp_path / "made"}'])
+  assert code == 1
+  assert capsys.readouterr().err.startswith('failed: λ = 50, m = 0, seed 0: loss is nan at step 3')
+  table = (tmp_path / 'made' / 'table.md').read_text()
+  assert table.count('| 0.500 | – | 0.500 |') == 6 and 'Failed: λ = 50, m = 0.5, seed 0' in table
+
+
+@contextlib.contextmanager
+def cache_left_alone():
+  before = jax.config.jax_compilation_cache_dir, (
+      jax.config.jax_persistent_cache_min_compile_time_secs)
+  yield
+  jax.config.update('jax_compilation_cache_dir', before[0])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', before[1])
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--scale=small', '--data_dir=/nowhere'], 'set --data_dir'),
+    (['--scale=smoke', '--output=file'], 'set --output')])
+def test_what_is_wrong_is_said_in_the_settings_of_the_command(tmp_path, monkeypatch, capsys,
+                                                              arguments, words):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'file').write_text('')
+  with cache_left_alone():
+    assert reproduce.main(['--table=cifar10', *arguments]) == 2
+  told = capsys.readouterr().err
+  assert words in told and '--config' not in told and '--workdir' not in told
 
 
 @pytest.mark.slow
@@ -62,11 +103,13 @@ def test_a_table_is_made_row_by_row_and_nothing_is_done_twice(tmp_path, monkeypa
   monkeypatch.setitem(reproduce.TABLES, 'cifar10', reproduce.Table(
       rows, reproduce.TABLES['cifar10'].paper, 'about'))
   arguments = ['--table=cifar10', '--scale=smoke', f'--output={tmp_path}']
-  assert reproduce.main(arguments) == 0
+  with cache_left_alone():
+    assert reproduce.main(arguments) == 0
   first = json.loads((tmp_path / 'results.json').read_text())
   made = {path: path.stat().st_mtime_ns for path in tmp_path.glob('rows/*/checkpoints/*')}
   assert len(made) == 2
-  assert reproduce.main([*arguments, '--seeds=2']) == 0
+  with cache_left_alone():
+    assert reproduce.main([*arguments, '--seeds=2']) == 0
   second = json.loads((tmp_path / 'results.json').read_text())
   assert all(path.stat().st_mtime_ns == when for path, when in made.items())
   for title in rows:

@@ -290,12 +290,13 @@ def neighbors(evaluator, dataset, row):
   return figure
 
 
-def confusion(counts, class_names):
+def confusion(counts, class_names, dataset):
   """A figure of how often pictures of each class were taken for which.
 
   Args:
     counts: [C, C] int, true class by predicted class.
     class_names: C of them.
+    dataset: the name of the data set.
   """
   named = len(class_names) <= _NAMED
   figure, axes = plt.subplots(figsize=(8, 7), layout='constrained')
@@ -303,7 +304,7 @@ def confusion(counts, class_names):
   drawn = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
   figure.colorbar(drawn, label='share of the class')
   axes.set(xlabel='predicted', ylabel='true',
-           title=f'top-1 {np.trace(counts) / counts.sum():.3f}')
+           title=f'{dataset}: top-1 {np.trace(counts) / counts.sum():.3f}')
   if named:
     names = [name[:12] for name in class_names]
     axes.set_xticks(range(len(names)), names, rotation=90)

@@ -18,35 +18,37 @@ EMBEDDING = 'embedding'
 _NUMBERS = 9600  # most of a stage, which is averaged down to so many (Zhang et al., 2016)
 
 
-def collect(model, source, folder):
+def collect(model, source, folder, names=(*NAMES, EMBEDDING)):
   """The features of all pictures.
 
   Args:
     model: `inference.Model`.
     source: `data.Pictures`.
-    folder: where they are kept; weights and pictures decide their names.
+    folder: where they are kept; weights, pictures and stages decide the names there.
+    names: the stages that are wanted.
 
   Returns:
-    {stage: [n, F] float32, read from disk as needed}, for `NAMES` and `EMBEDDING`.
+    {stage: [n, F] float32, read from disk as needed}, for those of `names` that the encoder has.
 
   Raises:
     errors.UserError: a picture can't be read.
   """
-  key = hashlib.sha256(f'{model.digest()} {source.fingerprint}'.encode()).hexdigest()[:16]
+  what = f'{model.digest()} {source.fingerprint} {" ".join(names)}'
+  key = hashlib.sha256(what.encode()).hexdigest()[:16]
   place = folder / key
   if not place.exists():
     partial = folder / f'{key}.partial'
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write(model, source, partial)
+    _write(model, source, partial, names)
     os.replace(partial, place)
   shapes = json.loads((place / 'shapes.json').read_text())
   return {name: np.memmap(place / f'{name}.float32', np.float32, 'r', shape=tuple(shape))
           for name, shape in shapes.items()}
 
 
-def _write(model, source, place):
-  files, shapes, encode = {}, {}, _encode_jitted(model)
+def _write(model, source, place, names):
+  files, shapes, encode = {}, {}, _encode_jitted(model, names)
   for views in model.views_of(source):
     for name, values in jax.device_get(encode(*model.variables, np.stack(views))).items():
       if name not in files:
@@ -58,7 +60,7 @@ def _write(model, source, place):
   (place / 'shapes.json').write_text(json.dumps(shapes))
 
 
-def _encode_jitted(model):
+def _encode_jitted(model, names):
   """(params, batch_stats, images [n, H, W, 3] in uint8) -> {stage: [n, F]}."""
   @jax.jit
   def encode(params, batch_stats, images):
@@ -68,8 +70,8 @@ def _encode_jitted(model):
     embedding, shown = model.encoder.apply(
         {'params': params, 'batch_stats': batch_stats}, x, train=False, mutable=['stages'])
     flat = {name: _pool(shown['stages'][f'{name}_output']) for name in NAMES
-            if f'{name}_output' in shown['stages']}
-    return flat | {EMBEDDING: embedding}
+            if name in names and f'{name}_output' in shown['stages']}
+    return flat | ({EMBEDDING: embedding} if EMBEDDING in names else {})
 
   return encode
 
