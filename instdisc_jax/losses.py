@@ -61,8 +61,8 @@ def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows
   return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
 
-def class_weights_gradient(features, weights, index, *, temperature, axis_name=None, num_rows=None,
-                           block_rows=None):
+def class_weights_gradient(features, weights, index, loss, *, temperature, axis_name=None,
+                           num_rows=None, block_rows=None):
   """What the parametric softmax (Eq. 1) needs besides `softmax_loss`: its gradient in the weights.
 
   There every image has a learned weight vector w_j in the place of the bank's V_j:
@@ -73,6 +73,7 @@ def class_weights_gradient(features, weights, index, *, temperature, axis_name=N
     features: [B, D] unit-norm.
     weights: [N, D], or the local shard.
     index: [B] int.
+    loss: [B] `softmax_loss` of these.
     temperature: τ > 0.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the rows are padded; needed with `axis_name`.
@@ -83,7 +84,10 @@ def class_weights_gradient(features, weights, index, *, temperature, axis_name=N
   """
   queries, weights, index = _as_data(features, weights, index, axis_name)
   num_local = bank_lib.count_local_rows(weights, axis_name, num_rows)
-  logsumexp, _ = _combine(*_stream(queries, weights, num_local, temperature, block_rows), axis_name)
+  positive_score = _positive(queries, weights, index, axis_name)[1]
+  if axis_name is not None:
+    positive_score = lax.psum(positive_score, axis_name)
+  logsumexp = bank_lib.gather(loss, axis_name) + positive_score / temperature
   n = weights.shape[0]
   block = _block_rows(queries, weights, block_rows)
 

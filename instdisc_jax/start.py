@@ -1,5 +1,6 @@
 """How a run begins that begins with something: with weights, or an earlier run's bank."""
 
+import functools
 import os
 import pathlib
 
@@ -8,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from instdisc_jax import checkpoint, convert, errors, train
+from instdisc_jax import checkpoint, convert, distributed, errors, train
 from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.data import folder
 
@@ -70,7 +71,7 @@ def with_rows(state, place, dataset, evaluator, mesh):
   """A fresh `TrainState` whose bank goes on from an earlier run's.
 
   Pictures that the run knew (a folder's: by path and size; others: by the fingerprint of all) keep
-  their rows; new ones get their own features.
+  their rows; new ones get their own features. Class weights, where both runs have them, go on too.
 
   Args:
     state: with the weights already, see `with_weights`.
@@ -84,16 +85,32 @@ def with_rows(state, place, dataset, evaluator, mesh):
   """
   if not os.path.isdir(place):
     return state
-  old_bank = checkpoint.read(pathlib.Path(place) / 'checkpoints')['bank']
+  old = checkpoint.read(pathlib.Path(place) / 'checkpoints')
+  old_bank = old['bank']
   row = _known_rows(place, dataset) if old_bank is not None else np.full(len(dataset.train), -1)
   new = np.flatnonzero(row < 0)
   bank = np.empty((len(dataset.train), state.bank.shape[1]), np.float32)
   if old_bank is not None:
     bank[row >= 0] = np.asarray(old_bank, np.float32)[row[row >= 0]]
   bank[new] = evaluator.embed(state, dataset.train.subset(new, 'new'))
-  padded = np.asarray(train.pad_rows(bank, mesh.size), state.bank.dtype)
-  return state.replace(bank=jax.make_array_from_callback(
-      padded.shape, NamedSharding(mesh, P(train.AXIS)), lambda part: padded[part]))
+  place_rows = functools.partial(_place_rows, mesh=mesh)
+  state = state.replace(bank=place_rows(bank, state.bank))
+  if state.classifier is None or old.get('classifier') is None:
+    return state
+
+  def known_rows(fresh, before):
+    rows = distributed.gather(fresh)[:len(row)].copy()
+    rows[row >= 0] = before[row[row >= 0]]
+    return place_rows(rows, fresh)
+
+  return state.replace(classifier=jax.tree.map(known_rows, state.classifier, old['classifier']))
+
+
+def _place_rows(rows, like, mesh):
+  """[N, D] on the host -> padded and sharded like `like`."""
+  padded = np.asarray(train.pad_rows(rows, mesh.size), like.dtype)
+  return jax.make_array_from_callback(
+      padded.shape, NamedSharding(mesh, P(train.AXIS)), lambda part: padded[part])
 
 
 def _known_rows(place, dataset):

@@ -261,25 +261,26 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
       metrics |= {'normalizer': normalizer, 'normalizer_drift': jnp.log(estimate / normalizer)}
       kwargs['normalizer'] = normalizer
     metrics['feature_mean_norm'] = _mean_norm(features, axis_name)
-    value = mean(_LOSSES[loss.name](*columns, **kwargs))
+    per_image = _LOSSES[loss.name](*columns, **kwargs)
+    value = mean(per_image)
     if loss.proximal_weight:
       penalty = mean(losses.proximal_penalty(features, state.bank, index, **shared))
       value += loss.proximal_weight * penalty
       metrics['proximal_penalty'] = penalty
-    return value, (features, batch_stats, normalizer, metrics | {'loss': value})
+    return value, (features, per_image, batch_stats, normalizer, metrics | {'loss': value})
 
   def part(carry, inputs):
     batch_stats, normalizer, total = carry
     # The mean over devices lies inside the objective, so these are gradients of the global loss.
-    grads, (features, batch_stats, normalizer, metrics) = jax.grad(objective, has_aux=True)(
-        state.params, batch_stats, normalizer, *inputs)
+    grads, (features, per_image, batch_stats, normalizer, metrics) = jax.grad(
+        objective, has_aux=True)(state.params, batch_stats, normalizer, *inputs)
     total = jax.tree.map(jnp.add, total, grads)
-    return (batch_stats, normalizer, total), (features, metrics)
+    return (batch_stats, normalizer, total), (features, per_image, metrics)
 
   inputs = _in_parts((images, index, noise_index), accumulate_steps, axis_name)
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   scan = _written_out_scan if unroll or accumulate_steps == 1 else lax.scan
-  (batch_stats, normalizer, grads), (features, metrics) = scan(
+  (batch_stats, normalizer, grads), (features, per_image, metrics) = scan(
       part, (state.batch_stats, state.normalizer, zeros), inputs)
   grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
@@ -288,8 +289,9 @@ def update(state, images, index, noise_index, *, encode, optimizer, loss, bank_m
   index, features = _after(index, sum(metrics.values())), features.reshape(index.size, -1)
   classifier = state.classifier
   if parametric:
-    gradient = losses.class_weights_gradient(features, rows, index, temperature=loss.temperature,
-                                             block_rows=loss.block_rows, **shared)
+    gradient = losses.class_weights_gradient(
+        features, rows, index, per_image.reshape(-1), temperature=loss.temperature,
+        block_rows=loss.block_rows, **shared)
     classifier = _update_classifier(classifier, gradient, optimizer, state.step)
   return TrainState(
       step=state.step + 1,

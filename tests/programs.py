@@ -32,7 +32,9 @@ def step(loss, *, num_rows, num_devices, batch_size, dim, accumulate_steps=1):
     return train.TrainState(
         step=jnp.int32(0), params=variables['params'], batch_stats=variables['batch_stats'],
         opt_state=optimizer.init(variables['params']), bank=jnp.zeros(bank.shape),
-        normalizer=jnp.float32(0))
+        normalizer=jnp.float32(0),
+        classifier={name: jnp.zeros(bank.shape) for name in ('weights', 'momentum')}
+        if config.loss.name == 'parametric_softmax' else None)
 
   state = jax.eval_shape(init)
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

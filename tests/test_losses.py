@@ -98,8 +98,12 @@ def test_streamed_softmax_equals_dense_for_any_block_size(block_rows):
 def test_gradient_of_the_class_weights_equals_the_twin(num_devices, block_rows):
   features, weights, index, _ = _inputs(1)
   expected = twins.class_weights_gradient(features, weights, index, TEMPERATURE)
-  fn = functools.partial(losses.class_weights_gradient, temperature=TEMPERATURE,
-                         block_rows=block_rows)
+
+  def fn(features, weights, index, **kwargs):
+    kwargs |= dict(temperature=TEMPERATURE, block_rows=block_rows)
+    loss = losses.softmax_loss(features, weights, index, **kwargs)
+    return losses.class_weights_gradient(features, weights, index, loss, **kwargs)
+
   with jax.enable_x64(True):
     arrays = [jnp.asarray(features), jnp.asarray(weights), jnp.asarray(index)]
     if num_devices:

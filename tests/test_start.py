@@ -1,9 +1,14 @@
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instdisc_jax import checkpoint, convert, errors, models, start, train
 from instdisc_jax import config as config_lib
-from instdisc_jax import convert, errors, models, start, train
+from instdisc_jax import workdir as workdir_lib
+from instdisc_jax.data import pictures
 
 
 def _config(init, **model):
@@ -62,3 +67,40 @@ def test_the_weights_of_a_run_become_the_encoder_on_any_devices(trained):
       np.testing.assert_array_equal(old, new)
       assert new.sharding == at_first.sharding
   np.testing.assert_array_equal(state.bank, fresh.bank)
+
+
+def _state(seed, num_rows, mesh):
+  random = np.random.default_rng(seed)
+  rows = lambda: train.pad_rows(jnp.asarray(random.standard_normal((num_rows, 4)), jnp.float32),
+                                mesh.size)
+  state = train.TrainState(
+      step=jnp.int32(3), params={'w': jnp.ones(2)}, batch_stats={}, opt_state=(), bank=rows(),
+      normalizer=jnp.float32(0), classifier={'weights': rows(), 'momentum': rows()})
+  return jax.device_put(state, train.state_shardings(mesh, state))
+
+
+def test_bank_and_class_weights_of_known_pictures_go_on_and_new_ones_begin(tmp_path, monkeypatch):
+  old_mesh, mesh = (train.make_mesh(jax.devices()[:n]) for n in (1, 8))
+  old, fresh = _state(1, 5, old_mesh), _state(2, 7, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', 1, 5, old_mesh)
+  checkpoints.save(old)
+  checkpoints.close()
+  workdir_lib.write(tmp_path, {}, 'the same')
+  rows = np.array([4, -1, 0, 1, -1, 3, 2])  # where each of 7 pictures was among the 5
+  monkeypatch.setattr(start, '_known_rows', lambda place, dataset: rows)
+  source = pictures.Pictures(np.zeros((7, 8, 8, 3), np.uint8), None, 'the same')
+  new_features = np.full((2, 4), 0.5, np.float32)
+  evaluator = types.SimpleNamespace(embed=lambda state, new: new_features[:len(new)])
+  state = start.with_rows(fresh, str(tmp_path), types.SimpleNamespace(train=source, listing=None),
+                          evaluator, mesh)
+  known = rows >= 0
+  bank = np.asarray(state.bank)
+  np.testing.assert_array_equal(bank[:7][known], np.asarray(old.bank)[rows[known]])
+  np.testing.assert_array_equal(bank[:7][~known], new_features)
+  for name in ('weights', 'momentum'):
+    values = np.asarray(state.classifier[name])
+    np.testing.assert_array_equal(values[:7][known],
+                                  np.asarray(old.classifier[name])[rows[known]])
+    np.testing.assert_array_equal(values[:7][~known],
+                                  np.asarray(fresh.classifier[name])[:7][~known])
+    assert not values[7:].any() and state.classifier[name].sharding == fresh.bank.sharding
