@@ -218,7 +218,7 @@ def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, schem
   query = made['queries'][0]
   shown = page.locator('.row').first.locator('.near .picture')
   assert shown.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][query]
-  values = shown.locator('.value').all_inner_texts()
+  values = shown.locator('.value').all_text_contents()
   for value, similarity, i in zip(values, made['similarity'][query], made['neighbors'][query]):
     agrees = made['labels'][i] == made['labels'][query]
     assert value == f'{"✓" if agrees else "✗"} {similarity:.3f}'
@@ -247,7 +247,7 @@ def test_odd_file_names_are_text_and_can_be_found(visit):
   assert page.locator('main img[src="x"]').count() == 0
   page.keyboard.press('/')
   page.keyboard.type('onerror')
-  assert names.all_inner_texts() == [ODD[0]]
+  assert names.all_text_contents() == [ODD[0]]
 
 
 @pytest.mark.slow
@@ -263,7 +263,7 @@ def test_search_tabs_and_keys(visit, big_page):
   start = f'{count} held-out pictures and {other} other training pictures, each'
   assert page.locator('#told').inner_text().startswith(start)
   page.get_by_label('search by class or file name').fill('/17.png')  # a training picture
-  found = page.locator(f'{QUERY} .name').all_inner_texts()
+  found = page.locator(f'{QUERY} .name').all_text_contents()
   assert found == ([made['names'][17]] if made['labels'][17] == 3 else [])
   page.keyboard.press('Escape')
   page.get_by_label('class', exact=True).select_option('all classes')
