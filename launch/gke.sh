@@ -32,29 +32,12 @@ Example: launch/gke.sh run --name=r18 --image=IMAGE --tpu=tpu-v5-lite-podslice -
 EOF
 }
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
 
 number() {  # NAME VALUE
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2', must be a number from 1 up: set $1=N"
-}
-
-show_and() {  # COMMAND...: shows it, and runs it unless this is a dry run
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@" && echo
-  else
-    "$@"
-  fi
-}
-
-confirm() {  # WHAT
-  [[ -n $yes || -n $dry_run ]] && return
-  [[ -t 0 ]] || fail "$1 wants an answer, and there is no terminal: set --yes"
-  local answer
-  read -r -p "$1? [y/N] " answer
-  [[ $answer == [yY]* ]] || fail "$1: not done"
 }
 
 json() {  # WORD...: a list, as YAML and JSON have it
@@ -111,7 +94,6 @@ run() {
   fi
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 (($#)) || fail "no command, must be run, tail, status or delete: see --help"
 command=$1
 shift

@@ -35,26 +35,9 @@ Example: launch/tpu_vm.sh all --name=r18 --zone=us-west4-a --type=v5litepod-64 -
 EOF
 }
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-show_and() {  # COMMAND...: shows it, and runs it unless this is a dry run
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@" && echo
-  else
-    "$@"
-  fi
-}
-
-confirm() {  # WHAT
-  [[ -n $yes || -n $dry_run ]] && return
-  [[ -t 0 ]] || fail "$1 wants an answer, and there is no terminal: set --yes"
-  local answer
-  read -r -p "$1? [y/N] " answer
-  [[ $answer == [yY]* ]] || fail "$1: not done"
-}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
 
 on_hosts() {  # WORKERS COMMAND: in a shell of each of those hosts
   show_and gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
@@ -166,7 +149,6 @@ all() {
   done
 }
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 (($#)) || fail "no command, must be create, setup, run, tail, stop, delete or all: see --help"
 command=$1
 shift
