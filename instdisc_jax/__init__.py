@@ -1,6 +1,6 @@
 """Instance discrimination in JAX: unsupervised image features, one class per image."""
 
-__version__ = '0.0.1'
+__version__ = '0.1.0'
 
 
 def load(workdir):

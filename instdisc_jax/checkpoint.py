@@ -11,8 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import pathlib
 import sys
 
 import jax
@@ -23,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
 
-from instdisc_jax import errors, train
+from instdisc_jax import errors, files, train
 
 _MANIFEST = 'manifest.json'
 _DATES = '_CHECKPOINT_METADATA'  # which Orbax writes once more at the very end
@@ -33,18 +31,18 @@ class Checkpoints:
   """The checkpoints of one run, written in the background.
 
   Args:
-    folder: where they lie, an absolute path.
+    folder: where they lie.
     keep: how many of the newest are kept.
     num_rows: N.
     mesh: the device mesh of the run.
   """
 
   def __init__(self, folder, keep, num_rows, mesh):
-    self._folder, self._num_rows, self._mesh = pathlib.Path(folder), num_rows, mesh
+    self._folder, self._num_rows, self._mesh = files.place(folder), num_rows, mesh
     self._damaged = self._folder.with_name(f'{self._folder.name}-damaged')
     self._saving = self._pending_losses = None
     self._manager = ocp.CheckpointManager(
-        folder, item_handlers=ocp.StandardCheckpointHandler(),
+        self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             enable_async_checkpointing=True, cleanup_tmp_directories=True,
@@ -74,7 +72,7 @@ class Checkpoints:
       if jax.process_index() == 0:
         self._damaged.mkdir(exist_ok=True)
         number = len(list(self._damaged.glob(f'{step}.*')))
-        os.rename(self._folder / str(step), self._damaged / f'{step}.{number}')
+        (self._folder / str(step)).rename(self._damaged / f'{step}.{number}')
         errors.warn(f"checkpoint {step} is damaged ({fault}): it was moved to '{self._damaged}', "
                     'and the one before is used')
     if damage:
@@ -164,7 +162,8 @@ class Checkpoints:
 
   def _write_manifest(self):
     """Called with all files of the new checkpoint written, before it gets its name."""
-    folder, = self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*')
+    folder = next(self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*'),
+                  self._folder / str(self._saving))  # in a bucket a file says that it is complete
     manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
@@ -198,14 +197,16 @@ def leave_errors_to_orbax():
 
 
 def _hashes(folder):
-  """{path: SHA-256} of every file of a checkpoint."""
+  """{path: SHA-256, or None} of every file of a checkpoint."""
   hashes = {}
-  for path in sorted(folder.rglob('*')):
-    if path.name == _DATES:
-      hashes[str(path.relative_to(folder))] = None
-    elif path.is_file():
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      hashes |= {f'{path.name}/{name}': found for name, found in _hashes(path).items()}
+    elif path.name == _DATES or files.in_bucket(path):  # which keeps checksums of its own
+      hashes[path.name] = None
+    else:
       with path.open('rb') as file:
-        hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, 'sha256').hexdigest()
+        hashes[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
   return hashes
 
 
@@ -248,8 +249,7 @@ def read(folder):
   Raises:
     errors.UserError: there is none.
   """
-  folder = pathlib.Path(folder).absolute()
-  sound = None
+  folder, sound = files.place(folder), None
   if folder.is_dir():
     manager = ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler())
     damage = _damage(folder, manager.all_steps())

@@ -23,6 +23,7 @@ def default():
   config.steps_per_dispatch = config_dict.placeholder(int)  # None: 1 on CPU, else 100
   config.deterministic = False  # on GPU: the same bits from run to run, at some cost in speed
   config.log_every_steps = 100  # within an epoch; its end is logged anyway
+  config.profile_steps = config_dict.placeholder(int)  # how many to trace; None: none
 
   config.dataset = config_dict.ConfigDict()
   config.dataset.name = 'digits'  # digits, tfds:NAME, folder:PATH, arrays:FILE.npz or fake:N
@@ -97,8 +98,8 @@ PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456,
                    std=(0.229, 0.224, 0.225))
 
 # Settings that may change between two calls on one workdir: they leave what was trained untouched.
-CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'dataset.data_dir',
-              'dataset.workers', 'dataset.resident_share',
+CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'profile_steps',
+              'dataset.data_dir', 'dataset.workers', 'dataset.resident_share',
               'knn.neighbors', 'knn.temperature', 'knn.every_epochs', 'knn.recall_target',
               'checkpoint.every_steps', 'checkpoint.keep')
 
@@ -127,6 +128,7 @@ _REQUIRED = {
     'steps': _at_least(1),
     'steps_per_dispatch': _at_least(1),
     'log_every_steps': _at_least(1),
+    'profile_steps': _at_least(1),
     'dataset.limit': _at_least(2),
     'dataset.on_unreadable': _one_of('error', 'skip'),
     'dataset.path': _one_of('auto', 'resident', 'stream'),

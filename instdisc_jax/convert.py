@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instdisc_jax import checkpoint, errors, models, train
+from instdisc_jax import checkpoint, errors, files, models, train
 from instdisc_jax import config as config_lib
 from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.models import alexnet, vgg
@@ -418,6 +418,9 @@ def import_checkpoint(file, workdir):
   Raises:
     errors.UserError: the file or the folder is not as it must be. Nothing is left behind.
   """
+  if files.in_bucket(workdir):
+    raise errors.UserError(f"--workdir is '{workdir}', must be a folder here, to be copied to a "
+                           'bucket: set --workdir')
   workdir = pathlib.Path(workdir).absolute()
   if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
     raise errors.UserError(f"workdir '{workdir}' exists, must be new or empty: set --workdir to "
@@ -497,11 +500,11 @@ def export(workdir, file, with_head=False):
   Raises:
     errors.UserError: no checkpoint there, another suffix, or a file that can't be written.
   """
-  workdir, file = pathlib.Path(workdir), pathlib.Path(file)
+  file = pathlib.Path(file)
   if file.suffix not in ('.pth', '.safetensors'):
     raise errors.UserError(f"--to is '{file}', must end in .pth or .safetensors: set --to")
   settings, _ = workdir_lib.read(workdir)
-  state = checkpoint.read(workdir / 'checkpoints')
+  state = checkpoint.read(files.place(workdir) / 'checkpoints')
   state_dict = to_torchvision({key: state[key] for key in ('params', 'batch_stats')},
                               settings['model.name'])
   if not with_head:

@@ -15,6 +15,7 @@ import logging
 import pathlib
 import re
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 from sklearn import metrics
 
-from instdisc_jax import checkpoint, data, errors, inference, train
+from instdisc_jax import checkpoint, data, errors, files, inference, train
 from instdisc_jax.evaluation import few_label, geometry, knn, probes, report, stages
 
 FILE = 'evaluations.jsonl'
@@ -63,11 +64,12 @@ class Sets:
     return len(self.class_names)
 
 
-def prepare(model, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
+def prepare(model, folder, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
   """Collects the features that the protocols need.
 
   Args:
     model: `inference.Model`.
+    folder: where they are kept.
     name: another data set to evaluate the features on, as `dataset.name`; by default the run's own.
     wanted: the stages whose features are needed.
 
@@ -89,7 +91,6 @@ def prepare(model, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
   if dataset.test is None:
     shuffled = np.random.RandomState(0).permutation(len(rows))
     test_rows, rows = map(np.sort, np.split(shuffled, [max(1, round(_HELD_OUT * len(rows)))]))
-  folder = model.workdir / 'features'
   known = stages.collect(model, dataset.train, folder, wanted)
   if dataset.test is None:
     test, test_labels = ({k: x[test_rows] for k, x in known.items()},
@@ -238,15 +239,18 @@ def main(argv=None):
                                'set --protocol')
     logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
     checkpoint.leave_errors_to_orbax()
-    model = inference.load(args.workdir)
-    sets, console = prepare(model, args.dataset), rich_console.Console(highlight=False)
-    for protocol in chosen:
-      results = PROTOCOLS[protocol](sets)
-      with (pathlib.Path(args.workdir) / FILE).open('a') as file:
-        for result in results:
-          file.write(json.dumps({'protocol': protocol, 'dataset': args.dataset
-                                 or model.config.dataset.name, 'step': model.step} | result) + '\n')
-      show(protocol, results, console)
+    model, console = inference.load(args.workdir), rich_console.Console(highlight=False)
+    file = model.workdir / FILE
+    with tempfile.TemporaryDirectory() as scratch:
+      folder = pathlib.Path(scratch) if files.in_bucket(file) else model.workdir / 'features'
+      sets = prepare(model, folder, args.dataset)
+      for protocol in chosen:
+        results = PROTOCOLS[protocol](sets)
+        origin = {'protocol': protocol, 'dataset': args.dataset or model.config.dataset.name,
+                  'step': model.step}
+        earlier = file.read_text() if file.exists() else ''
+        files.write(file, earlier + ''.join(json.dumps(origin | r) + '\n' for r in results))
+        show(protocol, results, console)
 
   return errors.exit_code(command)
 

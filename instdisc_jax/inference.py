@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from instdisc_jax import checkpoint, data, errors, models, train
+from instdisc_jax import checkpoint, data, errors, files, models, train
 from instdisc_jax import config as config_lib
 from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.data import decode, folder, stream
@@ -34,8 +34,7 @@ def load(workdir):
   config.update_from_flattened_dict({
       key: tuple(value) if isinstance(value, list) else value
       for key, value in settings.items() if key in known})
-  state = checkpoint.read(pathlib.Path(workdir) / 'checkpoints')
-  return Model(workdir, config, state)
+  return Model(workdir, config, checkpoint.read(files.place(workdir) / 'checkpoints'))
 
 
 class Model:
@@ -56,7 +55,7 @@ class Model:
   """
 
   def __init__(self, workdir, config, state):
-    self.workdir, self.config, self.step = pathlib.Path(workdir), config, int(state['step'])
+    self.workdir, self.config, self.step = files.place(workdir), config, int(state['step'])
     bank = state['bank']
     self.bank = None if bank is None else knn.unit(np.asarray(bank, np.float32))
     self.encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,

@@ -6,7 +6,6 @@ import difflib
 import json
 import logging
 import os
-import pathlib
 import sys
 import time
 
@@ -14,7 +13,18 @@ from absl import flags
 import jax
 from ml_collections import config_dict, config_flags
 
-from instdisc_jax import checkpoint, data, distributed, errors, models, preemption, start, train
+from instdisc_jax import (
+  checkpoint,
+  data,
+  distributed,
+  errors,
+  files,
+  models,
+  preemption,
+  profiling,
+  start,
+  train,
+)
 from instdisc_jax import config as config_lib
 from instdisc_jax import metrics as metrics_lib
 from instdisc_jax import workdir as workdir_lib
@@ -35,7 +45,8 @@ def parse(argv):
                       help='a Python file with get_config(), e.g. configs/digits.py; '
                            'configs/imagenet.py:resnet18 calls get_config("resnet18")')
   parser.add_argument('--workdir', metavar='DIR', required=True,
-                      help='where checkpoints, metrics and the summary go')
+                      help='where checkpoints, metrics and the summary go: a folder, or '
+                           'gs://BUCKET/FOLDER')
   several = parser.add_argument_group(
       'several processes', 'Each is started with the same command, on its own machine or devices.')
   several.add_argument('--distributed', action='store_true',
@@ -56,7 +67,11 @@ def parse(argv):
       raise errors.UserError(f"unknown setting '{key}'"
                              + (f", perhaps meant as '{close[0]}'" if close else '')
                              + ': see --help for all settings')
-  if not os.path.isfile(known.config.partition(':')[0]):
+  file, colon, presets = known.config.partition(':')
+  shipped = os.path.join(os.path.dirname(__file__), file)  # installed, configs/ lies in the package
+  if not os.path.isfile(file) and file.startswith('configs/') and os.path.isfile(shipped):
+    known.config = shipped + colon + presets
+  elif not os.path.isfile(file):
     raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
   sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
   values = flags.FlagValues()
@@ -82,7 +97,7 @@ def run(config, workdir, devices=None, watch=None):
 
   Args:
     config: a `ConfigDict` with the keys of `config.default()`.
-    workdir: the run's folder, made if need be.
+    workdir: the run's folder or bucket, made if need be.
     devices: to train on; all that JAX shows by default.
     watch: a `preemption.Watch` that is entered; by default signals are left alone.
 
@@ -96,7 +111,7 @@ def run(config, workdir, devices=None, watch=None):
   """
   started = time.monotonic()
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS report all they do
-  watch, workdir = watch or preemption.Watch(), pathlib.Path(workdir)
+  watch, workdir = watch or preemption.Watch(), files.place(workdir)
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed, workdir)
   num_rows, mesh = len(dataset.train), train.make_mesh(devices)
@@ -111,7 +126,7 @@ def run(config, workdir, devices=None, watch=None):
 
   with contextlib.ExitStack() as stack:
     feed = train.make_feed(config, dataset.train, mesh)
-    workdir = stack.enter_context(workdir_lib.claim(workdir, config, dataset.train.fingerprint))
+    stack.enter_context(workdir_lib.claim(workdir, config, dataset.train.fingerprint))
     if dataset.listing is not None:
       distributed.first_only(lambda: folder.keep(
           dataset.listing, dataset.train.names, workdir))
@@ -144,12 +159,14 @@ def run(config, workdir, devices=None, watch=None):
     elif config.model.init is not None:
       state = start.with_rows(state, config.model.init, dataset, evaluator, mesh)
     metrics = stack.enter_context(contextlib.closing(metrics_lib.Metrics(workdir, saved or 0)))
+    trace = stack.enter_context(contextlib.closing(profiling.Trace(workdir, config.profile_steps)))
     wall_clock = lambda: metrics.earlier_seconds + time.monotonic() - started
     with contextlib.closing(feed):
       state, fitted = train.fit(
           state, feed, config=config, encoder=encoder, optimizer=optimizer, num_rows=num_rows,
           mesh=mesh, checkpoints=checkpoints, pending_losses=pending_losses, metrics=metrics,
-          progress=progress, watch=watch, evaluate=evaluator.from_bank, wall_clock=wall_clock)
+          progress=progress, trace=trace, watch=watch, evaluate=evaluator.from_bank,
+          wall_clock=wall_clock)
     summary = report.finish(workdir, state, begin(), evaluator, config, dataset, fitted, wall_clock)
     progress.close()
     report.show(summary, workdir, progress.console)
@@ -182,7 +199,7 @@ def main(argv=None):
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     checkpoint.leave_errors_to_orbax()
     with preemption.Watch() as watch:
-      run(config, pathlib.Path(args.workdir), watch=watch)
+      run(config, args.workdir, watch=watch)
 
   return errors.exit_code(command)
 

@@ -1,13 +1,13 @@
 """What a run reports while it goes: metrics.jsonl, TensorBoard events, and a progress line."""
 
 import json
-import os
-import pathlib
 
 import jax
 from rich import console as rich_console
 from rich import progress as rich_progress
 import tensorboardX
+
+from instdisc_jax import files
 
 FILE = 'metrics.jsonl'
 
@@ -26,25 +26,29 @@ class Metrics:
   """
 
   def __init__(self, workdir, step):
-    self._file = self._events = None
+    self._lines = self._file = self._events = None
     kept = [line for line in read(workdir) if line['step'] <= step]
     self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
     self.evaluated = {line['step'] for line in kept if 'knn_top1' in line}
     if jax.process_index() != 0:
       return
-    path = pathlib.Path(workdir) / FILE
-    partial = path.with_suffix('.partial')
-    partial.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-    os.replace(partial, path)
-    self._file = path.open('a')
+    self._path = files.place(workdir) / FILE
+    self._lines = [json.dumps(line) + '\n' for line in kept]
+    files.write(self._path, ''.join(self._lines))
+    if not files.in_bucket(self._path):  # whose files can't be added to
+      self._file = self._path.open('a')
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
   def write(self, step, **values):
     """Adds one line: `values` measured after `step` steps; None is left out of the events."""
-    if self._file is None:
+    if self._events is None:
       return
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
+    self._lines.append(json.dumps({'step': step, **values}) + '\n')
+    if self._file is None:
+      files.write(self._path, ''.join(self._lines))
+    else:
+      self._file.write(self._lines[-1])
+      self._file.flush()
     for name, value in values.items():
       if value is not None:
         self._events.add_scalar(name, value, step)
@@ -52,15 +56,16 @@ class Metrics:
   def close(self):
     if self._file is not None:
       self._file.close()
+    if self._events is not None:
       self._events.close()
 
 
 def read(workdir):
   """The lines of metrics.jsonl as dicts, without those that a crash or a full disk cut short."""
-  path = pathlib.Path(workdir) / FILE
+  path = files.place(workdir) / FILE
   lines = []
   if path.exists():
-    for text in path.read_text(errors='replace').splitlines():
+    for text in path.read_bytes().decode(errors='replace').splitlines():
       try:
         line = json.loads(text)
       except json.JSONDecodeError:

@@ -14,7 +14,6 @@ same command goes on with the row it was at.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -25,7 +24,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 from scipy import stats
 
-from instdisc_jax import __version__, checkpoint, errors, evaluate, inference, preemption
+from instdisc_jax import __version__, checkpoint, errors, evaluate, files, inference, preemption
 from instdisc_jax import config as config_lib
 from instdisc_jax import main as main_lib
 from instdisc_jax.evaluation import report
@@ -160,11 +159,9 @@ def run_row(config, workdir, with_svm, watch):
     file = workdir / 'svm.json'
     if not file.exists():
       watch.check()
-      sets = evaluate.prepare(inference.load(workdir), wanted=('pooled',))
+      sets = evaluate.prepare(inference.load(workdir), workdir / 'features', wanted=('pooled',))
       found = evaluate.support_vectors(sets)
-      partial = file.with_suffix('.partial')
-      partial.write_text(json.dumps(found[0]))
-      os.replace(partial, file)
+      files.write(file, json.dumps(found[0]))
       shutil.rmtree(workdir / 'features')
     kept['svm'] = json.loads(file.read_text())['top1']
   return kept

@@ -2,14 +2,13 @@
 
 import functools
 import os
-import pathlib
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from instdisc_jax import checkpoint, convert, distributed, errors, train
+from instdisc_jax import checkpoint, convert, distributed, errors, files, train
 from instdisc_jax import workdir as workdir_lib
 from instdisc_jax.data import folder
 
@@ -43,9 +42,9 @@ def read_weights(config):
 
 def _read(place, embedding_dim):
   """({'model.name', 'model.width', 'model.embedding_dim'}, {'params', 'batch_stats'})."""
-  if os.path.isdir(place):
+  if files.place(place).is_dir():
     settings, _ = workdir_lib.read(place)
-    state = checkpoint.read(pathlib.Path(place) / 'checkpoints')
+    state = checkpoint.read(files.place(place) / 'checkpoints')
     kind = 'model.name', 'model.width', 'model.embedding_dim'
     return ({key: settings.get(key) for key in kind},
             {key: state[key] for key in ('params', 'batch_stats')})
@@ -83,9 +82,9 @@ def with_rows(state, place, dataset, evaluator, mesh):
   Returns:
     The state. Z is estimated anew.
   """
-  if not os.path.isdir(place):
+  if not files.place(place).is_dir():
     return state
-  old = checkpoint.read(pathlib.Path(place) / 'checkpoints')
+  old = checkpoint.read(files.place(place) / 'checkpoints')
   old_bank = old['bank']
   row = _known_rows(place, dataset) if old_bank is not None else np.full(len(dataset.train), -1)
   new = np.flatnonzero(row < 0)

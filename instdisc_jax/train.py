@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from instdisc_jax import augment, errors, losses
+from instdisc_jax import augment, errors, losses, profiling
 from instdisc_jax import bank as bank_lib
 from instdisc_jax.data import resident, stream
 
@@ -449,7 +449,7 @@ def make_feed(config, pictures, mesh):
 
 
 def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints, pending_losses,
-        metrics, progress, watch, evaluate, wall_clock):
+        metrics, progress, trace, watch, evaluate, wall_clock):
   """Trains from `state.step` to the end of the run.
 
   Nothing is fetched from the devices between steps but the metrics of the dispatch before. Before
@@ -467,6 +467,7 @@ def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints,
     pending_losses: of the steps between the last line of metrics.jsonl and `state.step`.
     metrics: `metrics.Metrics`.
     progress: `metrics.Progress`.
+    trace: `profiling.Trace`.
     watch: `preemption.Watch`.
     evaluate: state -> kNN top-1 or None, called at the end of epochs.
     wall_clock: () -> seconds since the run began.
@@ -487,10 +488,11 @@ def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints,
   epoch_of = lambda step: step * batch_size // num_rows
   fitted = Fitted()
   losses_since_line, timer, alike = list(pending_losses), _Timer(), False
+  costs, told = None, False
 
   def settle(dispatch):
     """Waits for a dispatch, checks and logs what it measured; whether a signal came before it."""
-    nonlocal alike
+    nonlocal alike, told
     last_step, count, history, stop = dispatch
     history = {name: np.asarray(value)[:count] for name, value in history.items()}
     for name in ('feature_mean_norm', 'loss', 'grad_norm'):
@@ -502,6 +504,9 @@ def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints,
     losses_since_line.extend(history['loss'].tolist())
     fitted.final_loss = float(history['loss'][-1])
     progress.advance(last_step, epoch_of(last_step), fitted.final_loss, timer.rate())
+    if costs.flops and timer.rate() is not None and not told:
+      told = True
+      progress.print(f'the first steps: {costs.utilisation(timer.rate() / batch_size)}')
     if is_logged(last_step):
       line = {name: float(value[-1]) for name, value in history.items()}
       line |= dict(epoch=epoch_of(last_step), loss=float(np.mean(losses_since_line)),
@@ -546,6 +551,10 @@ def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints,
                  if i == per_dispatch or is_logged(step + i) or is_saved(step + i))
     with timer.waiting():
       images, index = feed.at(step)
+    if costs is None:
+      run_steps, costs = _compile(run_steps, (state, images, index, count), mesh)
+      progress.print(f'the step: {costs}')
+    trace.before(step, state)
     state, history = run_steps(state, images, index, count)
     step += count
     if running is not None:
@@ -568,6 +577,13 @@ def fit(state, feed, *, config, encoder, optimizer, num_rows, mesh, checkpoints,
       timer.restart()
   fitted.images_per_second = timer.mean()
   return state, fitted
+
+
+def _compile(run_steps, arguments, mesh):
+  """(the program compiled for these arguments, `profiling.Costs`)."""
+  start = time.monotonic()
+  compiled = run_steps.lower(*arguments).compile()
+  return compiled, profiling.Costs(compiled, time.monotonic() - start, mesh.devices.flat[0])
 
 
 class _Timer:

@@ -4,11 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
 import socket
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import distributed, errors
+from instdisc_jax import distributed, errors, files
 
 CONFIG = 'config.json'
 LOCK = 'lock'
@@ -19,37 +18,37 @@ def claim(workdir, config, fingerprint):
   """Makes the run's folder, or checks that it belongs to this run; keeps others out meanwhile.
 
   The operating system lets go of the lock when the process ends in whatever way, so one that was
-  left behind stops nobody. Of several processes of one run the first holds it.
+  left behind stops nobody. Of several processes of one run the first holds it. A bucket has no
+  locks: there nothing keeps two runs apart.
 
   Args:
     workdir: a path.
     config: the run's configuration.
     fingerprint: of the training images' source.
 
-  Yields:
-    The absolute path.
-
   Raises:
     errors.UserError: it can't be written, belongs to another run, or is in use.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = files.place(workdir)
   settings = {key: config_lib.plain(value) for key, value in config_lib.flatten(config).items()}
   with contextlib.ExitStack() as stack:
     def enter():
       try:
         workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(workdir))
+        if not files.in_bucket(workdir):
+          stack.enter_context(_locked(workdir))
         if (workdir / CONFIG).exists():
           _check_same_run(workdir, settings, fingerprint)
         write(workdir, settings, fingerprint)
       except OSError as e:
         if errors.is_no_space(e):
           raise
-        raise errors.UserError(f"workdir '{workdir}' can't be written ({e.strerror}): set "
-                               '--workdir to a folder that can') from e
+        raise errors.UserError(f"workdir '{workdir}' can't be written "
+                               f'({e.strerror or errors.one_line(e)}): set --workdir to a folder '
+                               'that can') from e
 
     distributed.first_only(enter)
-    yield workdir
+    yield
 
 
 def read(workdir):
@@ -58,23 +57,21 @@ def read(workdir):
   Raises:
     errors.UserError: there is no such file, or it is something else.
   """
-  file = pathlib.Path(workdir) / CONFIG
+  file = files.place(workdir) / CONFIG
   try:
     content = json.loads(file.read_text())
     return dict(content['config']), content['data']
   except OSError as e:
-    raise errors.UserError(f"no '{file}' ({e.strerror}): set --workdir to the folder of a run"
-                           ) from e
+    raise errors.UserError(f"no '{file}' ({e.strerror or 'not there'}): set --workdir to the "
+                           'folder of a run') from e
   except (ValueError, KeyError, TypeError) as e:
     raise errors.UserError(f"'{file}' is no configuration of a run: set another --workdir") from e
 
 
 def write(workdir, settings, fingerprint):
   """Writes config.json: {'loss.temperature': 0.1, ...} and the data's fingerprint, or None."""
-  file = pathlib.Path(workdir) / CONFIG
-  partial = file.with_suffix('.partial')
-  partial.write_text(json.dumps({'config': settings, 'data': fingerprint}, indent=2) + '\n')
-  os.replace(partial, file)
+  files.write(files.place(workdir) / CONFIG,
+              json.dumps({'config': settings, 'data': fingerprint}, indent=2) + '\n')
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 # What launch/tpu_vm.sh runs on each host of a TPU, in its home folder.
 #
 #   on_host.sh install SOURCE     into ~/instdisc, made once
+#   on_host.sh data gs://...      copied into ~/data; what is there already is not copied again
 #   on_host.sh start ARGUMENTS    python -m instdisc_jax.main --distributed ARGUMENTS, in the background
 #   on_host.sh code               its exit code, nothing while it runs
 #   on_host.sh stop               SIGTERM: it saves and stops
@@ -16,7 +17,9 @@ running() {
 
 case $verb in
   install)
-    python3 -m venv instdisc && instdisc/bin/pip install --quiet --upgrade 'jax[tpu]' "$@" ;;
+    python3 -m venv instdisc && instdisc/bin/pip install --quiet --upgrade 'jax[tpu]' gcsfs "$@" ;;
+  data)
+    mkdir -p data && gcloud storage rsync --recursive "$1" data ;;
   start)
     if running; then
       echo "it runs already"

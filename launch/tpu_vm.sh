@@ -8,7 +8,7 @@ usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 
 Commands
   create   ask for the TPU and wait until it is there
-  setup    install instdisc_jax on all of its hosts
+  setup    install instdisc_jax on all of its hosts, and copy the data there
   run      start on all hosts:  python -m instdisc_jax.main --distributed ARGUMENTS
   tail     follow the output of the first host; Ctrl-C leaves the run alone
   stop     stop the run on all hosts; it saves first
@@ -24,14 +24,15 @@ Options
   --project=PROJECT    (default: gcloud's own)
   --source=ADDRESS     what pip installs on the hosts: git+https://..., gs://.../x.whl or a name
   --configs=FOLDER     copied to the hosts (default: configs)
+  --data=gs://...      a folder of a bucket, copied to ~/data on each host (the disk must hold it)
   --spot               a spot TPU: cheaper, and may be taken away
   --direct             create without the queue of queued resources
   --yes                do not ask before making or deleting something that costs money
   --dry-run            show every command, run none
 
-Example: launch/tpu_vm.sh all --name=r18 --zone=us-west4-a --type=v5litepod-64 --spot \
-           --source=git+https://ADDRESS -- --config=configs/imagenet.py:resnet18 \
-           --workdir=gs://BUCKET/r18 --config.dataset.data_dir=gs://BUCKET/tfds
+Example: launch/tpu_vm.sh all --name=r50 --zone=us-west4-a --type=v5litepod-64 --spot \
+           --source=git+https://ADDRESS --data=gs://BUCKET/tfds -- \
+           --config=configs/imagenet_tpu.py --workdir=gs://BUCKET/r50 --config.dataset.data_dir=data
 EOF
 }
 
@@ -99,8 +100,10 @@ create() {
 setup() {
   [[ -n $source ]] || fail "nothing to install: set --source=ADDRESS, e.g. --source=git+https://..."
   [[ -d $configs ]] || fail "no folder '$configs': set --configs"
+  [[ -z $data || $data == gs://?* ]] || fail "--data is '$data', must be gs://BUCKET/FOLDER: set --data"
   show_and gcloud compute tpus tpu-vm scp --recurse "$configs" "$here/on_host.sh" "$name:" \
-    "${where[@]}" --worker=all && on_hosts all "$(quoted bash on_host.sh install "$source")"
+    "${where[@]}" --worker=all && on_hosts all "$(quoted bash on_host.sh install "$source")" || return
+  [[ -z $data ]] || on_hosts all "$(quoted bash on_host.sh data "$data")"
 }
 
 run() {
@@ -152,7 +155,7 @@ all() {
 (($#)) || fail "no command, must be create, setup, run, tail, stop, delete or all: see --help"
 command=$1
 shift
-name='' zone='' type='' runtime=v2-alpha-tpuv5-lite project='' source='' configs=configs
+name='' zone='' type='' runtime=v2-alpha-tpuv5-lite project='' source='' configs=configs data=''
 spot='' direct='' yes='' dry_run='' arguments=() poll=${POLL_SECONDS:-30}
 while (($#)); do
   case $1 in
@@ -163,6 +166,7 @@ while (($#)); do
     --project=*) project=${1#*=} ;;
     --source=*) source=${1#*=} ;;
     --configs=*) configs=${1#*=} ;;
+    --data=*) data=${1#*=} ;;
     --spot) spot=1 ;;
     --direct) direct=1 ;;
     --yes) yes=1 ;;

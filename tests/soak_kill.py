@@ -31,6 +31,7 @@ _VARIANTS = {  # every loss, Z as a constant and as a moving average, the proxim
     'nce': ['loss.name=nce', 'loss.normalizer=first_batch'],
     'nce ema': ['loss.name=nce', 'loss.normalizer=ema'],
     'sampled softmax': ['loss.name=sampled_softmax'],
+    'parametric softmax': ['loss.name=parametric_softmax'],
 }
 _TIMES = ('wall_seconds', 'images_per_second', 'input_wait')
 
@@ -74,7 +75,7 @@ def kill_once(workdir, settings, chance):
   saving = lambda: any((workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp*'))
   while process.poll() is None:
     if last_step(workdir) >= target and (not in_save or saving()):
-      time.sleep(chance.random() * (0.005 if in_save else 0.1))
+      time.sleep(chance.random() * (0.005 if in_save else 0.02))
       process.kill()
       process.wait()
       return last_step(workdir), saving()
@@ -102,6 +103,7 @@ def one_run(folder, number, kills, seed, settings):
 def soak(folder, runs, kills, seed):
   """Runs them two at a time; prints a line for each; returns (how many were equal, all moments)."""
   names = list(_VARIANTS)
+  variant = lambda number: names[number % len(names)]
   left_alone = {}
   for name in names[:runs]:
     workdir = folder / name.replace(' ', '-')
@@ -109,15 +111,15 @@ def soak(folder, runs, kills, seed):
     left_alone[name] = outcome(workdir)
   equal, all_moments = 0, []
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    futures = [pool.submit(one_run, folder, number, kills, seed, _VARIANTS[names[number % 4]])
+    futures = [pool.submit(one_run, folder, number, kills, seed, _VARIANTS[variant(number)])
                for number in range(runs)]
     for number, future in enumerate(futures):
       result, moments = future.result()
-      same = result == left_alone[names[number % 4]]
+      same = result == left_alone[variant(number)]
       equal += same
       all_moments += moments
       verdict = 'equal' if same else 'DIFFERENT'
-      print(f'run {number:2d}  {names[number % 4]:15s}  {verdict}  killed at '
+      print(f'run {number:2d}  {variant(number):18s}  {verdict}  killed at '
             + ', '.join(f'step {step}{" in a save" if saving else ""}' for step, saving in moments),
             flush=True)
   return equal, all_moments

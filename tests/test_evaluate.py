@@ -20,7 +20,7 @@ def workdir(trained, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def sets(workdir):
-  return evaluate.prepare(inference.load(workdir))
+  return evaluate.prepare(inference.load(workdir), workdir / 'features')
 
 
 def test_every_stage_of_every_picture_is_there(sets):
@@ -38,7 +38,7 @@ def test_every_stage_of_every_picture_is_there(sets):
 
 def test_features_are_computed_once(sets, monkeypatch):
   monkeypatch.setattr(inference.Model, 'views_of', None)
-  again = evaluate.prepare(inference.load(sets.model.workdir))
+  again = evaluate.prepare(inference.load(sets.model.workdir), sets.model.workdir / 'features')
   np.testing.assert_array_equal(again.train['conv3'], sets.train['conv3'])
 
 
@@ -149,13 +149,15 @@ def test_another_data_set(workdir, tmp_path):
   labels = random.integers(0, 2, 60)
   images = random.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
   np.savez(tmp_path / 'a.npz', images=images, labels=labels)
-  sets = evaluate.prepare(inference.load(workdir), f'arrays:{tmp_path / "a.npz"}')
+  of = lambda name: evaluate.prepare(inference.load(workdir), tmp_path / 'features',
+                                     f'arrays:{tmp_path / name}')
+  sets = of('a.npz')
   assert len(sets.train_labels) == 48 and len(sets.test_labels) == 12  # a fifth is held out
   assert sets.bank is None and sets.num_classes == 2
   assert {r['features'] for r in evaluate.nearest_neighbours(sets)} == {'embedding', 'pooled'}
   np.savez(tmp_path / 'b.npz', images=images)
   with pytest.raises(errors.UserError, match='has no labels to evaluate with: set --dataset'):
-    evaluate.prepare(inference.load(workdir), f'arrays:{tmp_path / "b.npz"}')
+    of('b.npz')
 
 
 def test_the_stages_names_are_those_the_encoders_show(sets):

@@ -74,6 +74,13 @@ START = "bash on_host.sh start --config=configs/imagenet.py:resnet18 --workdir=g
         '--zone=us-west4-a --worker=all',
         'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
         "--command='bash on_host.sh install git+https://a/b'"]),
+    ('setup', ['--data=gs://bucket/my data'], [
+        f'gcloud compute tpus tpu-vm scp --recurse configs {LAUNCH}/on_host.sh r18: '
+        '--zone=us-west4-a --worker=all',
+        'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
+        "--command='bash on_host.sh install git+https://a/b'",
+        'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
+        '--command=' + shlex.quote("bash on_host.sh data gs://bucket/my\\ data")]),
     ('tail', [], ['gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=0 '
                   "--command='tail -n 50 -F run.log'"]),
     ('stop', [], ['gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
@@ -215,6 +222,7 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
     ('tpu_vm.sh', ['create', *TPU, '--size=8'], "unknown argument '--size=8': see --help"),
     ('tpu_vm.sh', ['setup', '--name=n', '--zone=z'], 'nothing to install: set --source=ADDRESS'),
     ('tpu_vm.sh', ['setup', *TPU, '--configs=none'], "no folder 'none': set --configs"),
+    ('tpu_vm.sh', ['setup', *TPU, '--data=bucket'], "--data is 'bucket', must be gs://"),
     ('tpu_vm.sh', ['run', *TPU], 'no arguments for instdisc_jax.main: put them after --'),
     ('tpu_vm.sh', ['all', *TPU, '--', '--workdir=/home/run'], 'set --workdir=gs://BUCKET/FOLDER'),
     ('gke.sh', ['run', '--name=R18'], "name is 'R18', must be lower-case letters"),

@@ -13,11 +13,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 
 import numpy as np
 
-from instdisc_jax import errors
+from instdisc_jax import errors, files
 from instdisc_jax.data import decode
 from instdisc_jax.data import pictures as pictures_lib
 
@@ -130,7 +129,7 @@ def read(workdir):
   Raises:
     errors.UserError: it is broken.
   """
-  file = pathlib.Path(workdir) / LISTING
+  file = files.place(workdir) / LISTING
   try:
     listing = json.loads(file.read_text())
     return {'files': dict(listing['files']), 'unreadable': dict(listing['unreadable']),
@@ -150,16 +149,13 @@ def keep(listing, rows, workdir):
     rows: the paths of the training pictures, in order.
     workdir: of the run.
   """
-  file = pathlib.Path(workdir) / LISTING
+  file = files.place(workdir) / LISTING
   if file.exists():
     return
   if listing['unreadable']:
-    (file.with_name('unreadable.txt')).write_text(
-        ''.join(f'{name}: {why}\n' for name, why in listing['unreadable'].items()),
-        errors='surrogateescape')
-  partial = file.with_suffix('.partial')
-  partial.write_text(json.dumps(listing | {'rows': rows}))
-  os.replace(partial, file)
+    files.write(file.with_name('unreadable.txt'), ''.join(
+        f'{name}: {why}\n' for name, why in listing['unreadable'].items()))
+  files.write(file, json.dumps(listing | {'rows': rows}))
 
 
 def rows_of(listing, names, sizes):

@@ -1,9 +1,8 @@
 """What a run shows for itself: kNN accuracy during and after it, summary.json, and two pictures."""
 
 import hashlib
+import io
 import json
-import os
-import pathlib
 import warnings
 
 import jax
@@ -13,7 +12,7 @@ import matplotlib
 import numpy as np
 from rich import table as rich_table
 
-from instdisc_jax import distributed, train
+from instdisc_jax import distributed, files, train
 from instdisc_jax import metrics as metrics_lib
 from instdisc_jax.data import decode, resident, stream
 from instdisc_jax.evaluation import features, knn
@@ -188,12 +187,10 @@ def finish(workdir, state, untrained, evaluator, config, dataset, fitted, wall_c
   }
   if jax.process_index() != 0:
     return summary
-  workdir = pathlib.Path(workdir)
+  workdir = files.place(workdir)
   save_picture(curves(lines, summary, config.batch_size), workdir / 'curves.png')
   save_picture(neighbors(evaluator, dataset, row), workdir / 'neighbors.png')
-  partial = workdir / (SUMMARY + '.partial')
-  partial.write_text(json.dumps(summary, indent=2) + '\n')
-  os.replace(partial, workdir / SUMMARY)
+  files.write(workdir / SUMMARY, json.dumps(summary, indent=2) + '\n')
   return summary
 
 
@@ -317,10 +314,12 @@ def confusion(counts, class_names, dataset):
 
 def save_picture(figure, path):
   """Writes a figure as PNG and closes it."""
+  png = io.BytesIO()
   with warnings.catch_warnings():  # class names in letters that no font here has: boxes
     warnings.filterwarnings('ignore', message='Glyph .* missing')
-    figure.savefig(path, dpi=110)
+    figure.savefig(png, dpi=110)
   plt.close(figure)
+  files.write(path, png.getvalue())
 
 
 def digest(arrays):
