@@ -68,10 +68,14 @@ def parse(argv):
                              + (f", perhaps meant as '{close[0]}'" if close else '')
                              + ': see --help for all settings')
   file, colon, presets = known.config.partition(':')
-  shipped = os.path.join(os.path.dirname(__file__), file)  # installed, configs/ lies in the package
-  if not os.path.isfile(file) and file.startswith('configs/') and os.path.isfile(shipped):
-    known.config = shipped + colon + presets
-  elif not os.path.isfile(file):
+  package = os.path.dirname(os.path.abspath(__file__))
+  places = ['']
+  if file.startswith('configs/'):  # which are installed in the package, and else lie beside it
+    places += [package, os.path.dirname(package)]
+  found = [path for path in (os.path.join(place, file) for place in places) if os.path.isfile(path)]
+  if found:
+    known.config = found[0] + colon + presets
+  else:
     raise errors.UserError(f"no file '{known.config}': set --config=configs/NAME.py")
   sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
   values = flags.FlagValues()

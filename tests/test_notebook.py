@@ -1,0 +1,42 @@
+"""The Colab notebook, executed from top to bottom at small size; slow."""
+
+import base64
+import io
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+NOTEBOOK = pathlib.Path(__file__).parents[1] / 'launch' / 'colab_demo.ipynb'
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_and_shows_pictures(tmp_path, monkeypatch):
+  nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
+  nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
+  pytest.importorskip('ipykernel', reason='ipykernel is not installed')
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  code = [cell for cell in notebook.cells if cell.cell_type == 'code']
+  assert not any(cell.outputs or cell.execution_count for cell in code)  # none are committed
+  choice, = [cell for cell in code if "size = 'auto'" in cell.source]
+  choice.source = choice.source.replace("size = 'auto'", "size = 'small'")
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  nbclient.NotebookClient(notebook, timeout=500, kernel_name='python3',
+                          resources={'metadata': {'path': os.fspath(tmp_path)}}).execute()
+  nbformat.write(notebook, tmp_path / 'executed.ipynb')
+
+  outputs = [output for cell in code for output in cell.outputs]
+  assert not any(output.output_type == 'error' for output in outputs)
+  text = ''.join(output.get('text', '') for output in outputs)
+  assert 'Nothing was installed.' in text and 'digits, 6 epochs' in text
+  assert 'knn_top1_pixels      0.636' in text and 'embeddings: (10, 128)' in text
+  shown = [output.data for output in outputs if 'data' in output]
+  pictures = [Image.open(io.BytesIO(base64.b64decode(data['image/png'])))
+              for data in shown if 'image/png' in data]
+  assert len(pictures) == 3  # curves, neighbours, the bank's map
+  assert all(picture.width > 400 and np.asarray(picture.convert('L')).std() > 10
+             for picture in pictures)
+  assert any('page/index.html' in data.get('text/html', '') for data in shown)
+  assert (tmp_path / 'instdisc_demo' / 'digits' / 'page' / 'index.html').exists()
