@@ -45,5 +45,8 @@ def write(path, content):
     path.write_bytes(content)
     return
   partial = path.with_name(path.name + '.partial')
-  partial.write_bytes(content)
-  os.replace(partial, path)
+  try:
+    partial.write_bytes(content)
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-import os
+import io
 import pathlib
 import sys
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import augment, errors, train
+from instdisc_jax import augment, errors, files, train
 from instdisc_jax import config as config_lib
 from instdisc_jax import main as main_lib
 from instdisc_jax.data import draws, folder
@@ -90,12 +90,11 @@ def main(argv=None):
     except errors.UserError as e:
       what, broken, _ = str(e).partition(': remove it')
       raise errors.UserError(f'{what}{broken and ": remove it, or set --images"}') from e
-    partial = output.with_name(output.name + '.partial')
+    png = io.BytesIO()
+    Image.fromarray(sheet).save(png, 'PNG')
     try:
-      Image.fromarray(sheet).save(partial, 'PNG')
-      os.replace(partial, output)
+      files.write(output, png.getvalue())
     except OSError as e:
-      partial.unlink(missing_ok=True)
       raise errors.UserError(f"'{output}' can't be written ({e.strerror}): set --output to a place "
                              'that can') from e
     print(output)
