@@ -75,10 +75,10 @@ def interleave(part, total):
 def leave(code):
   """Ends this process.
 
-  One that fails leaves at once: JAX would first wait for the others, and they for it. They end when
-  they find it gone.
+  One that fails leaves at once. Of several, JAX would first wait for the others, and they for it (they
+  end when they find it gone); and on a full disk libraries would try once more to write, and say so.
   """
   sys.stdout.flush()
-  if jax.distributed.is_initialized() and code not in (0, 75):
+  if code == 1 or (jax.distributed.is_initialized() and code not in (0, 75)):
     os._exit(code)
   sys.exit(code)
