@@ -75,8 +75,8 @@ def interleave(part, total):
 def leave(code):
   """Ends this process.
 
-  One that fails leaves at once. Of several, JAX would first wait for the others, and they for it (they
-  end when they find it gone); and on a full disk libraries would try once more to write, and say so.
+  One that fails leaves at once. Of several, JAX would first wait for the others, and they for it
+  (they end when they find it gone); on a full disk libraries would try to write again, and say so.
   """
   sys.stdout.flush()
   if code == 1 or (jax.distributed.is_initialized() and code not in (0, 75)):
