@@ -4,7 +4,7 @@
     noise_count      Table 1's kNN alone: from 1 noise sample an image to all other images
     embedding_size   D from 32 to 256
     train_fraction   a part of the training pictures, and all of them
-    proximal         λ of the proximal term against the momentum of the memory bank
+    proximal         NCE with M = 4,096: λ of the proximal term against the bank's momentum
 
 At the scale `smoke` on the embedded digits, in minutes; `small` on a part of CIFAR-10 with a narrow
 network, within an hour on two CPU cores; `paper` as published, for a GPU. Stopped or killed, the
@@ -73,8 +73,8 @@ TABLES = {
         {'knn': {}},
         'The paper has such a table for ImageNet; its values are not at hand.'),
     'proximal': Table(
-        {f'λ = {weight}, m = {momentum:g}': {'loss.proximal_weight': float(weight),
-                                             'bank.momentum': momentum}
+        {f'λ = {weight}, m = {momentum:g}': _NCE | {'loss.proximal_weight': float(weight),
+                                                    'bank.momentum': momentum}
          for momentum in (0.0, 0.5) for weight in (0, 10, 30, 50)}, {'knn': {}},
         'The paper gives no figures for it: it shows a smoother start of training.'),
 }
@@ -95,10 +95,11 @@ def _smoke():
 
 def _small():
   config = config_lib.default()
-  config.dataset.name, config.dataset.limit = 'tfds:cifar10', 10_000
-  config.model.update(name='resnet10_cifar', width=12)
+  config.dataset.name, config.dataset.limit = 'tfds:cifar10', 5000
+  config.batch_size = 64
+  config.model.update(name='resnet10', width=16)
   config.loss.update(normalizer='ema', normalizer_decay=0.9)
-  config.epochs = 12
+  config.epochs = 20
   config.optimizer.update(schedule='cosine', warmup_epochs=1.0)
   return config, 3
 
@@ -132,7 +133,7 @@ def configure(table, scale, title, seed, data_dir=None):
     settings['dataset.limit'] = round(settings['dataset.limit'] * config.dataset.limit)
   config.update_from_flattened_dict(settings)
   config.seed, config.dataset.data_dir = seed, data_dir
-  config.knn.every_epochs = max(1, config.epochs // 5)
+  config.knn.every_epochs = 0  # at the end alone
   config.checkpoint.update(every_steps=500, keep=1)
   return config
 
