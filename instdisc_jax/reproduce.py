@@ -132,6 +132,8 @@ def configure(table, scale, title, seed, data_dir=None):
   if 'dataset.limit' in settings:
     settings['dataset.limit'] = round(settings['dataset.limit'] * config.dataset.limit)
   config.update_from_flattened_dict(settings)
+  if table == 'proximal' and config.loss.normalizer == 'ema':  # which lets λ collapse the features
+    config.loss.normalizer = str(20 * config.dataset.limit)
   config.seed, config.dataset.data_dir = seed, data_dir
   config.knn.every_epochs = 0  # at the end alone
   config.checkpoint.update(every_steps=500, keep=1)
@@ -279,8 +281,7 @@ def main(argv=None):
       if getattr(args, name) not in known:
         raise errors.UserError(f"--{name} is '{getattr(args, name)}', must be one of "
                                f'{", ".join(known)}: set --{name}')
-    base, seeds = SCALES[args.scale]()
-    seeds = seeds if args.seeds is None else args.seeds
+    seeds = SCALES[args.scale]()[1] if args.seeds is None else args.seeds
     if seeds < 1:
       raise errors.UserError(f'--seeds is {seeds}, must be at least 1: set --seeds')
     output = pathlib.Path(args.output or f'runs/reproduce/{args.table}-{args.scale}')
@@ -288,6 +289,7 @@ def main(argv=None):
     jax.config.update('jax_compilation_cache_dir', str(output / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     results, failed, with_svm = {}, {}, 'svm' in TABLES[args.table].paper
+    about = describe(configure(args.table, args.scale, list(TABLES[args.table].rows)[-1], 0))
     with preemption.Watch() as watch:
       for seed in range(seeds):  # every row has a value early on
         for number, title in enumerate(TABLES[args.table].rows):
@@ -301,7 +303,7 @@ def main(argv=None):
           else:
             results.setdefault(title, {})[seed] = row
           if results:
-            write(output, args.table, args.scale, results, failed, describe(base))
+            write(output, args.table, args.scale, results, failed, about)
     if failed:
       raise errors.RunError('; '.join(f'{run}: {why}' for run, why in failed.items()))
     print(output / 'table.md')
