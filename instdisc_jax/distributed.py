@@ -57,6 +57,13 @@ def first_only(action):
     multihost_utils.sync_global_devices('first_only')
 
 
+def everywhere(mine):
+  """Whether it is so on every process; to be asked by all of them."""
+  if jax.process_count() == 1:
+    return mine
+  return bool(multihost_utils.process_allgather(np.array(mine)).all())
+
+
 def gather(array):
   """A sharded array as a `np.ndarray` on every process."""
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))

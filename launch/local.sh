@@ -12,8 +12,8 @@ Starts P processes (default 2) of D virtual CPU devices each (default 1) as one 
 
 e.g. launch/local.sh --processes=2 --devices=4 -- --config=configs/digits.py --workdir=runs/two
 
-The output of process 0 is shown, that of the others goes to a file each. If one dies the others are
-ended, and a line says which one it was. On SIGTERM or Ctrl-C the run saves and stops.
+The output of process 0 is shown. If one dies the others are ended, and a line says which one it was,
+with the end of its output. On SIGTERM or Ctrl-C the run saves and stops.
 The exit code is that of the first process that did not end well.
 
   --processes=P        number of processes
@@ -52,6 +52,7 @@ done
 number --processes "$processes" 1
 number --devices "$devices" 0
 number --heartbeat "$heartbeat" 1
+processes=$((10#$processes)) devices=$((10#$devices)) heartbeat=$((10#$heartbeat))
 (($#)) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -62,15 +63,15 @@ command -v "$PYTHON" >/dev/null || fail "no '$PYTHON': set PYTHON to a Python wi
 port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') \
   || fail "'$PYTHON' does not run: set PYTHON to a Python with instdisc_jax"
 
-settings=()
-((devices)) && settings=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices")
-logs=$(mktemp -d)
+settings=(env)
+((devices)) && settings+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices")
+[[ -n $dry_run ]] || logs=$(mktemp -d)
 pids=()
 
 start() {  # PROCESS ARGUMENTS...
   local id=$1
   shift
-  local command=(env "${settings[@]}" "$PYTHON" -m instdisc_jax.main "$@"
+  local command=("${settings[@]}" "$PYTHON" -m instdisc_jax.main "$@"
     "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$id"
     "--heartbeat_seconds=$heartbeat")
   if [[ -n $dry_run ]]; then

@@ -1,4 +1,8 @@
 import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -166,7 +170,6 @@ class TestTfds:
 
   @pytest.mark.parametrize('name', ['tiny', 'tiny_gray'])
   def test_array_pictures_are_prepared_and_read_back_exactly(self, prepared, name):
-    import sys
     data_dir, tiny = prepared
     dataset = data.load(_config(f'tfds:{name}', data_dir=str(data_dir)), seed=0)
     assert 'tensorflow' not in sys.modules
@@ -191,6 +194,38 @@ class TestTfds:
     assert len(list(data_dir.rglob('labels-*.npy'))) == 2  # of train and test
     monkeypatch.setattr(tfds_lib.distributed, 'interleave', None)  # nothing is read again
     np.testing.assert_array_equal(data.load(config, seed=0).train.labels, small.train.labels)
+
+  @pytest.mark.slow
+  def test_processes_with_disks_of_their_own_agree_on_what_is_read(self, prepared, tmp_path):
+    program = tmp_path / 'program.py'
+    program.write_text(
+        'import sys\n'
+        'from instdisc_jax import config, data, distributed\n'
+        'from instdisc_jax.data import tfds\n'
+        'port, process, folder = sys.argv[1:]\n'
+        'distributed.initialize(f"127.0.0.1:{port}", 2, int(process))\n'
+        'tfds._KEPT_BYTES = 0\n'
+        'settings = config.default()\n'
+        'settings.dataset.update(name="tfds:tiny", data_dir=folder)\n'
+        'print(data.load(settings.dataset, seed=0).train.labels.tolist())\n')
+    folders = [tmp_path / 'disk0', tmp_path / 'disk1']
+    for folder in folders:
+      shutil.copytree(prepared[0], folder)
+      for kept in folder.rglob('labels-*.npy'):
+        kept.unlink()
+    for time in range(3):
+      if time == 1:  # the labels are on one disk alone
+        for kept in folders[1].rglob('labels-*.npy'):
+          kept.unlink()
+      with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+      processes = [subprocess.Popen([sys.executable, program, port, str(i), folder], text=True,
+                                    stdout=subprocess.PIPE) for i, folder in enumerate(folders)]
+      told = [process.communicate(timeout=120)[0] for process in processes]
+      assert [process.returncode for process in processes] == [0, 0]
+      assert told[0] == told[1] and sorted(eval(told[0])) == [0, 0, 0, 1, 1]
+      assert all(len(list(folder.rglob('labels-*.npy'))) == 2 for folder in folders)
 
   def test_validation_names_a_split(self, prepared):
     data_dir, _ = prepared

@@ -1,6 +1,7 @@
 """The launch scripts, with stand-ins for the clouds' commands on the PATH."""
 
 import json
+import os
 import pathlib
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import pytest
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 
 # Notes its arguments (and what it is given to read) as a line of calls.json, then does as bid.
-STAND_IN = '''#!{python}
+STAND_IN = '''#!{python} -IS
 import json, os, pathlib, sys
 here = pathlib.Path(os.environ['STAND_IN'])
 name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -37,7 +38,7 @@ def cloud(tmp_path, monkeypatch):
   A bid is [words of the call, answers, exit code]. Nothing else that is installed is on the PATH.
   """
   (tmp_path / 'bin').mkdir()
-  for name in ('bash', 'cat', 'dirname', 'sleep', 'tr'):
+  for name in ('bash', 'cat', 'dirname', 'sleep'):
     (tmp_path / 'bin' / name).symlink_to(shutil.which(name))
   for name in ('gcloud', 'kubectl', 'srun', 'scontrol'):
     (tmp_path / 'bin' / name).write_text(STAND_IN.format(python=sys.executable))
@@ -61,6 +62,8 @@ def cloud(tmp_path, monkeypatch):
 
 
 TPU = ['--name=r18', '--zone=us-west4-a', '--source=git+https://a/b']
+TYPES = [('v5litepod-8', 'v2-alpha-tpuv5-lite'), ('v5p-16', 'v2-alpha-tpuv5'),
+         ('v6e-8', 'v2-alpha-tpuv6e'), ('v4-32', 'tpu-ubuntu2204-base')]
 RUN = ['--', '--config=configs/imagenet.py:resnet18', '--workdir=gs://bucket/r 18']
 START = "bash on_host.sh start --config=configs/imagenet.py:resnet18 --workdir=gs://bucket/r\\ 18"
 
@@ -74,6 +77,17 @@ START = "bash on_host.sh start --config=configs/imagenet.py:resnet18 --workdir=g
         '--zone=us-west4-a --worker=all',
         'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
         "--command='bash on_host.sh install git+https://a/b'"]),
+    ('create', ['--type=v5litepod-64', '--spot', '--data-disk=images', '--project=p'], [
+        'gcloud compute tpus queued-resources create r18 --node-id=r18 --zone=us-west4-a '
+        '--project=p --accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --spot '
+        '--data-disk=source=projects/p/zones/us-west4-a/disks/images,mode=read-only']),
+    ('setup', ['--data-disk=images'], [
+        f'gcloud compute tpus tpu-vm scp --recurse configs {LAUNCH}/on_host.sh r18: '
+        '--zone=us-west4-a --worker=all',
+        'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
+        "--command='bash on_host.sh install git+https://a/b'",
+        'gcloud compute tpus tpu-vm ssh r18 --zone=us-west4-a --worker=all '
+        "--command='bash on_host.sh mount'"]),
     ('setup', ['--data=gs://bucket/my data'], [
         f'gcloud compute tpus tpu-vm scp --recurse configs {LAUNCH}/on_host.sh r18: '
         '--zone=us-west4-a --worker=all',
@@ -103,26 +117,76 @@ def test_a_dry_run_shows_the_commands_for_a_tpu_and_runs_none(cloud, command, op
   assert [shlex.split(line) for line in lines] == [shlex.split(line) for line in expected]
 
 
-def test_a_tpu_that_was_taken_away_is_made_again_and_the_run_goes_on(cloud):
-  describe = 'queued-resources describe'
-  code, shown, _, calls = cloud(
-      'tpu_vm.sh', 'all', *TPU, '--type=v5litepod-64', '--spot', '--yes', *RUN, bids=[
-          [describe, ['', 'PROVISIONING', 'ACTIVE', 'ACTIVE', 'SUSPENDED',  # taken away
-                      'SUSPENDED', 'ACTIVE', 'ACTIVE'], 0],
-          ['ssh code', ['', '0'], 0]])
-  assert code == 0 and 'r18 is SUSPENDED: it is made again, and the run goes on' in shown
-  verbs = [' '.join(call[3:5]) if 'ssh' not in call else call[-1].partition('on_host.sh ')[2]
-           for call in calls if 'describe' not in call]
-  once = ['queued-resources create', 'tpu-vm scp', 'install git+https://a/b', START[16:], 'code']
-  assert verbs == [*once, 'queued-resources delete', *once, '']
+@pytest.mark.parametrize('type_, runtime', TYPES)
+def test_each_type_of_tpu_gets_its_runtime(cloud, type_, runtime):
+  code, shown, _, _ = cloud('tpu_vm.sh', 'create', *TPU, f'--type={type_}', '--dry-run')
+  assert code == 0 and f'--runtime-version={runtime} ' in shown
+
+
+def verbs(calls):
+  """What was done: the commands of gcloud, or what a host was asked, without the descriptions."""
+  return [' '.join(call[3:5]) if 'ssh' not in call else call[-1].partition('on_host.sh ')[2]
+          for call in calls if 'describe' not in call]
+
+
+DESCRIBE = 'queued-resources describe'
+SET_UP = ['tpu-vm scp', 'install git+https://a/b', START[16:]]
+ONCE = ['queued-resources create', *SET_UP, 'code']
+ALL = ['all', *TPU, '--type=v5litepod-64', '--spot', '--yes', *RUN]
+
+
+@pytest.mark.parametrize('states', [
+    ['SUSPENDED', 'SUSPENDED', 'SUSPENDED'],
+    ['SUSPENDING', 'SUSPENDING', 'SUSPENDING', 'SUSPENDED'],  # the cloud takes its time
+    ['DELETING', 'DELETING', 'DELETING']])
+def test_a_tpu_that_was_taken_away_is_made_again_and_the_run_goes_on(cloud, states):
+  code, shown, _, calls = cloud('tpu_vm.sh', *ALL, bids=[
+      [DESCRIBE, ['', 'PROVISIONING', 'ACTIVE', 'ACTIVE', *states, '', 'ACTIVE'], 0],
+      ['ssh code', ['', '0'], 0]])
+  assert code == 0 and f'r18 is {states[0]}: it is made again, and the run goes on' in shown
+  kept = [verb for verb in verbs(calls) if verb != 'code']
+  deleted = ['queued-resources delete'] * (states[-1] == 'SUSPENDED')
+  assert kept == [*ONCE[:-1], *deleted, *ONCE[:-1], '']
   assert calls[-1][-1] == '--command=tail -n 20 run.log'
 
 
-def test_a_run_that_fails_on_the_tpu_ends_the_script_with_its_code(cloud):
+def test_a_tpu_taken_away_while_it_is_set_up_or_before_the_cloud_says_so_is_made_again(cloud):
+  code, _, _, calls = cloud('tpu_vm.sh', *ALL, bids=[  # the installation fails, then it is gone
+      [DESCRIBE, ['', 'ACTIVE', 'ACTIVE', 'SUSPENDED', 'SUSPENDED', '', 'ACTIVE'], 0],
+      ['ssh install', ['', ''], 1], ['ssh code', ['0'], 0]])
+  assert code == 1 and verbs(calls).count('queued-resources create') == 2
+  # Its host saved and stopped; then it is gone.
+  code, _, _, calls = cloud('tpu_vm.sh', *ALL, bids=[
+      [DESCRIBE, [*['ACTIVE'] * 4, 'SUSPENDED', 'SUSPENDED', '', 'ACTIVE'], 0],
+      ['ssh code', ['75', '0'], 0]])
+  assert code == 0
+  assert verbs(calls) == [*SET_UP, 'code', 'queued-resources delete', *ONCE, '']
+
+
+@pytest.mark.parametrize('codes, times, ended', [
+    (['0'], 1, 0), (['2'], 1, 2), (['75'], 1, 75),  # done; a mistake; somebody stopped it
+    (['1', '0'], 2, 0), (['gone', '0'], 2, 0), (['1'], 3, 1), (['gone'], 3, 1)])
+def test_a_run_that_failed_is_started_again_up_to_three_times(cloud, codes, times, ended):
   code, _, _, calls = cloud('tpu_vm.sh', 'all', *TPU, '--type=v5litepod-8', *RUN, bids=[
-      ['queued-resources describe', ['ACTIVE'], 0], ['ssh code', ['', '2'], 0]])
-  assert code == 2
-  assert not any('create' in call for call in calls)  # it was there already
+      [DESCRIBE, ['ACTIVE'], 0], ['ssh code', codes, 0]])
+  once = [*SET_UP, 'code', 'stop']
+  assert (code, verbs(calls)) == (ended, [*(once * times)[:-1], ''])
+
+
+def test_a_cloud_that_does_not_answer_is_not_a_tpu_that_is_gone(cloud):
+  code, _, told, calls = cloud('tpu_vm.sh', 'create', *TPU, '--type=v5litepod-8', '--yes', bids=[
+      [DESCRIBE, [''], 1]])
+  assert code == 1 and told.endswith('failed: gcloud does not tell of r18\n')
+  assert not verbs(calls)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--name=r18', '--zone=z', '--type=v5litepod-8'], 'nothing to install: set --source'),
+    ([*TPU, '--type=v5litepod-8', '--data=bucket'], "--data is 'bucket', must be gs://"),
+    (TPU, 'no type of TPU: set --type=TYPE')])
+def test_all_finds_mistakes_before_it_makes_anything(cloud, arguments, words):
+  code, _, told, calls = cloud('tpu_vm.sh', 'all', *arguments, '--yes', *RUN)
+  assert code == 2 and words in told and not calls
 
 
 def test_nothing_that_costs_money_is_made_or_deleted_without_a_yes(cloud):
@@ -130,6 +194,10 @@ def test_nothing_that_costs_money_is_made_or_deleted_without_a_yes(cloud):
     code, _, told, calls = cloud('tpu_vm.sh', command, *TPU, '--type=v5litepod-8')
     assert code == 2 and 'set --yes' in told and told.count('\n') == 1
     assert all('describe' in call for call in calls)
+  code, _, told, calls = cloud('tpu_vm.sh', 'create', *TPU, '--type=v5litepod-8', bids=[
+      [DESCRIBE, ['SUSPENDED'], 0]])
+  assert code == 2 and 'delete r18, which is SUSPENDED, and make 1 TPU v5litepod-8 named' in told
+  assert not verbs(calls)
   code, _, told, calls = cloud('gke.sh', 'delete', '--name=r18')
   assert code == 2 and 'set --yes' in told and not calls
 
@@ -138,7 +206,7 @@ def test_on_a_host_the_run_starts_once_saves_when_stopped_and_tells_its_code(tmp
   monkeypatch.setenv('HOME', str(tmp_path))
   python = tmp_path / 'instdisc' / 'bin' / 'python'
   python.parent.mkdir(parents=True)
-  python.write_text('#!/bin/bash\nprintf "%s|" "$@"; trap "echo saved; exit 75" TERM\n'
+  python.write_text('#!/bin/bash\nprintf "%s|" "$@"; trap "sleep 1; echo saved; exit 75" TERM\n'
                     'while :; do sleep 0.05; done\n')
   python.chmod(0o755)
   on_host = lambda *words: subprocess.run(['bash', LAUNCH / 'on_host.sh', *words], text=True,
@@ -154,14 +222,20 @@ def test_on_a_host_the_run_starts_once_saves_when_stopped_and_tells_its_code(tmp
   assert on_host('start', '--workdir=a b') == ''
   wait_for('|--workdir=a b|', log.read_text)
   assert on_host('start', '--workdir=c') == 'it runs already\n'
+  assert on_host('install', 'x') == 'it runs: nothing is installed under it\n'
   assert on_host('code') == ''
-  on_host('stop')
-  wait_for('75', lambda: on_host('code'))
+  stops = [subprocess.Popen(['bash', LAUNCH / 'on_host.sh', 'stop']) for _ in range(2)]
+  assert [stop.wait(60) for stop in stops] == [0, 0]  # a second one waits, too, and sends nothing
+  assert on_host('code') == '75\n'
   assert log.read_text() == '-m|instdisc_jax.main|--distributed|--workdir=a b|saved\n'
   assert on_host('stop') == ''
+  (tmp_path / 'run.code').unlink()
+  (tmp_path / 'run.pid').write_text(str(os.getpid()))  # a number that is another's now
+  assert on_host('code') == 'gone\n'
 
 
 GKE = ['run', '--name=r18', '--image=a/b:1', '--hosts=4']
+IN_BUCKET = '--workdir=gs://b/"r 18"'
 
 
 @pytest.mark.parametrize('hardware, resource, chips, selector', [
@@ -172,12 +246,12 @@ GKE = ['run', '--name=r18', '--image=a/b:1', '--hosts=4']
      {'cloud.google.com/gke-accelerator': 'nvidia-h100-80gb'})])
 def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips, selector):
   yaml = pytest.importorskip('yaml')
-  arguments = [*GKE, *hardware, '--namespace=n', '--yes', '--', '--config=configs/fake.py',
-               '--workdir=/b/"r 18"']
+  arguments = [*GKE, *hardware, '--namespace=n', '--bucket=b', '--service-account=s', '--yes',
+               '--', '--config=configs/fake.py', IN_BUCKET, '$(HOME)']
   code, _, _, calls = cloud('gke.sh', *arguments, bids=[['get jobset', [''], 1]])
   assert code == 0
-  assert calls[0] == ['kubectl', 'get', 'jobset', 'r18', '--namespace=n']
-  assert calls[1][:-1] == ['kubectl', 'apply', '--namespace=n', '-f', '-']
+  assert calls[0] == ['kubectl', '--namespace=n', 'get', 'jobset', 'r18']
+  assert calls[1][:-1] == ['kubectl', '--namespace=n', 'apply', '-f', '-']
   jobset = yaml.safe_load(calls[1][-1])
   spec = jobset['spec']['replicatedJobs'][0]['template']['spec']
   pod = spec['template']['spec']
@@ -189,18 +263,23 @@ def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips
   assert container['command'] == [
       'python', '-m', 'instdisc_jax.main', '--coordinator=r18-host-0-0.r18:8476',
       '--num_processes=4', '--process_id=$(JOB_COMPLETION_INDEX)', '--config=configs/fake.py',
-      '--workdir=/b/"r 18"']
+      IN_BUCKET, '$$(HOME)']
+  assert {v['name']: v.get('csi', {}).get('volumeAttributes', {}).get('bucketName')
+          for v in pod['volumes']} == {'shm': None, 'bucket': 'b'}
+  assert {m['name']: m['mountPath'] for m in container['volumeMounts']} == {
+      'shm': '/dev/shm', 'bucket': '/bucket'}
+  assert pod['serviceAccountName'] == 's'
   code, shown, _, calls = cloud('gke.sh', *arguments)  # kubectl finds it now
   assert code == 0 and 'is there already' in shown and len(calls) == 1
   code, shown, _, calls = cloud('gke.sh', *arguments[:arguments.index('--')], '--dry-run',
                                 *arguments[arguments.index('--'):])
   first, _, rest = shown.partition('\n')
   assert code == 0 and not calls
-  assert shlex.split(first) == ['kubectl', 'apply', '--namespace=n', '-f', '-']
+  assert shlex.split(first) == ['kubectl', '--namespace=n', 'apply', '-f', '-']
   assert yaml.safe_load(rest) == jobset
 
 
-SRUN = ['srun', '--kill-on-bad-exit=1', '--gpu-bind=none', 'python', '-m', 'instdisc_jax.main',
+SRUN = ['srun', '--kill-on-bad-exit=0', '--gpu-bind=none', 'python', '-m', 'instdisc_jax.main',
         '--distributed', '--config=c.py', '--workdir=/a b']
 
 
@@ -208,9 +287,14 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
   code, shown, _, calls = cloud('slurm.sbatch', '--dry-run', *SRUN[-2:])
   assert code == 0 and shlex.split(shown) == SRUN and not calls
   monkeypatch.setenv('SLURM_JOB_ID', '17')
-  for ended, later in ((0, []), (1, []), (75, [['scontrol', 'requeue', '17']])):
-    code, _, _, calls = cloud('slurm.sbatch', *SRUN[-2:], bids=[['srun', [''], ended]])
-    assert code == ended and calls == [SRUN, *later]
+  monkeypatch.setenv('SLURM_CPUS_PER_TASK', '8')
+  srun = [*SRUN[:3], '--cpus-per-task=8', *SRUN[3:]]
+  show, requeue = ['scontrol', 'show', 'job', '17'], ['scontrol', 'requeue', '17']
+  for ended, state, later in ((0, '', []), (1, '', []), (75, 'RUNNING', [show, requeue]),
+                              (75, 'CANCELLED', [show])):  # by scancel
+    code, _, _, calls = cloud('slurm.sbatch', *SRUN[-2:], bids=[
+        ['srun', [''], ended], ['show', [f'   JobState={state} Reason=None'], 0]])
+    assert code == ended and calls == [srun, *later]
 
 
 @pytest.mark.parametrize('script, arguments, words', [
@@ -220,6 +304,8 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
     ('tpu_vm.sh', ['create', '--name=n'], 'no zone: set --zone=ZONE'),
     ('tpu_vm.sh', ['create', *TPU], 'no type of TPU: set --type=TYPE'),
     ('tpu_vm.sh', ['create', *TPU, '--size=8'], "unknown argument '--size=8': see --help"),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v9-8'], 'no runtime is known for --type=v9-8'),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v4-8', '--data-disk=d'], 'set --project=PROJECT'),
     ('tpu_vm.sh', ['setup', '--name=n', '--zone=z'], 'nothing to install: set --source=ADDRESS'),
     ('tpu_vm.sh', ['setup', *TPU, '--configs=none'], "no folder 'none': set --configs"),
     ('tpu_vm.sh', ['setup', *TPU, '--data=bucket'], "--data is 'bucket', must be gs://"),
@@ -230,6 +316,10 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
     ('gke.sh', GKE, 'no hardware: set --tpu=ACCELERATOR and --topology, or --gpu'),
     ('gke.sh', [*GKE, '--tpu=t'], 'no topology of the TPU: set --topology=TOPOLOGY'),
     ('gke.sh', [*GKE, '--gpu=g', '--hosts=0', '--', 'a'], "--hosts is '0', must be a number"),
+    ('gke.sh', [*GKE, '--tpu=t', '--topology=4'], "--topology is '4', must be numbers with x"),
+    ('gke.sh', [*GKE, '--tpu=t', '--topology=2x4'],
+     '--topology=2x4 has 8 chips, and 4 host(s) of 4 have 16: set --hosts or --chips'),
+    ('gke.sh', [*GKE, '--gpu=g', '--', '--workdir=/runs'], 'set --workdir=gs://BUCKET/FOLDER'),
     ('gke.sh', [*GKE, '--gpu=g'], 'no arguments for instdisc_jax.main: put them after --'),
     ('slurm.sbatch', [], 'no arguments for instdisc_jax.main'),
     ('slurm.sbatch', ['--config=c.py'], 'no workdir: set --workdir=DIR'),

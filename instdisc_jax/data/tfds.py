@@ -48,9 +48,14 @@ def load(name, data_dir, held_out=None):
   except tfds.core.DatasetNotFoundError as e:
     raise errors.UserError(f"TFDS knows no data set '{name}' ({_first_line(e)}): set "
                            '--config.dataset.name=tfds:NAME') from e
-  if not builder.info.splits:
-    distributed.first_only(lambda: prepare(builder))
+  prepared = bool(builder.info.splits)
+  if not distributed.everywhere(prepared):
+    distributed.first_only(lambda: prepared or prepare(builder))
     builder = tfds.builder(name, data_dir=where, file_format='array_record')
+    if not builder.info.splits:  # the first process has prepared it on a disk of its own
+      raise errors.UserError(f"tfds:{name} is not prepared under '{where}' on the machine of "
+                             f'process {jax.process_index()}: set --config.dataset.data_dir to a '
+                             'folder that all machines see, or prepare it on each')
   splits = builder.info.splits
   if 'train' not in splits:
     raise errors.UserError(f"tfds:{name} has the splits {sorted(splits)}, must have 'train': set "
@@ -143,18 +148,20 @@ def _open(builder, split):
 def _labels(source, folder, fingerprint, progress):
   """[N] int32, for which every record must be read; kept beside them if that folder is writable."""
   file = folder / f'labels-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy'
+  labels = None
   with contextlib.suppress(OSError, ValueError):
     labels = np.load(file, allow_pickle=False)
-    if labels.shape == (len(source),) and labels.dtype == np.int32:
-      return labels
+    if labels.shape != (len(source),) or labels.dtype != np.int32:
+      labels = None
+  if distributed.everywhere(labels is not None):  # each machine may have a disk of its own
+    return labels
   mine = range(jax.process_index(), len(source), jax.process_count())  # each process does its part
   labels = distributed.interleave(
       np.array([source[i]['label'] for i in progress.track(mine)], np.int32), len(source))
-  if jax.process_index() == 0:
-    with contextlib.suppress(OSError):
-      partial = file.with_suffix('.partial.npy')
-      np.save(partial, labels)
-      os.replace(partial, file)
+  with contextlib.suppress(OSError):
+    partial = file.with_suffix(f'.partial-{jax.process_index()}.npy')
+    np.save(partial, labels)
+    os.replace(partial, file)
   return labels
 
 
