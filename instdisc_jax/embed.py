@@ -38,7 +38,7 @@ def embed(model, images, output, watch, on_unreadable='error'):
   output = pathlib.Path(output)
   parts = output.with_name(output.name + '.partial')
   try:
-    done = _continue(parts, {'weights': model.digest(), 'pictures': source.fingerprint})
+    done = _continue(parts, {'weights': model.digest(), 'pictures': source.identity()})
     size = inference.CHUNK * _PART
     with pictures.progress('embedding') as progress:
       task = progress.add_task('embedding', total=len(source), completed=min(done * size,
@@ -55,7 +55,7 @@ def embed(model, images, output, watch, on_unreadable='error'):
     embedding = np.concatenate([np.load(parts / f'{i}.npy') for i in range(done)])
     partial = parts / 'whole.npz'
     np.savez(partial, path=np.array(source.names), embedding=embedding,
-             index=model.rows_of(source.names, listing['files']))
+             index=model.rows_of(source, listing['files']))
     os.replace(partial, output)
     shutil.rmtree(parts)
   except OSError as e:
@@ -73,6 +73,9 @@ def _continue(parts, identity):
     same = json.loads(file.read_text()) == identity
   except (OSError, ValueError):
     same = False
+  if not same and parts.exists() and any(parts.iterdir()) and not file.exists():
+    raise errors.UserError(f"'{parts}' is in the way, and not of this command: move it, or set "
+                           '--output to another place')
   if not same:
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir()

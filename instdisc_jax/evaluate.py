@@ -5,13 +5,17 @@
     linear     a softmax probe on each stage of the encoder
     svm        a linear SVM on the pooled features and on the embedding
     few_label  fine-tuning with 1 to 20% of the labels, beside the same encoder from random weights
-    geometry   uniformity, effective rank, and how far the bank lags behind
+    geometry   alignment of two views, and of a class; uniformity, effective rank, and how far the
+               bank lags behind
 """
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -23,13 +27,15 @@ from rich import console as rich_console
 from rich import table as rich_table
 from sklearn import metrics
 
-from instdisc_jax import checkpoint, data, errors, files, inference, train
+from instdisc_jax import augment, checkpoint, data, errors, files, inference, preemption, train
 from instdisc_jax.evaluation import few_label, geometry, knn, probes, report, stages
 
 FILE = 'evaluations.jsonl'
 _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
 _CLASSES_SHOWN, _CLASSES_DRAWN = 20, 2000
 _HELD_OUT = 0.2  # of a set without held-out pictures, for the protocols that train
+_LEAST = 10  # labelled pictures to learn from, for those
+_ALIGNED = 1024  # pictures whose two views are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +46,10 @@ class Sets:
     model: `inference.Model`.
     name: of the data set.
     train: {stage: [N, F]}.
-    train_labels: [N] int.
+    train_labels: [N] int, or None.
     test: {stage: [Q, F]}.
-    test_labels: [Q] int.
-    class_names: C of them.
+    test_labels: [Q] int, or None.
+    class_names: C of them; of classes without names, those that have pictures.
     bank: [N, D] rows of the training pictures, or None of another data set.
     train_pictures: `data.Pictures`, N of them.
     test_pictures: `data.Pictures`, Q of them.
@@ -51,10 +57,10 @@ class Sets:
   model: inference.Model
   name: str
   train: dict
-  train_labels: np.ndarray
+  train_labels: np.ndarray | None
   test: dict
-  test_labels: np.ndarray
-  class_names: tuple
+  test_labels: np.ndarray | None
+  class_names: tuple | None
   bank: np.ndarray | None
   train_pictures: data.Pictures
   test_pictures: data.Pictures
@@ -64,7 +70,8 @@ class Sets:
     return len(self.class_names)
 
 
-def prepare(model, folder, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
+def prepare(model, folder, name=None, wanted=(*stages.NAMES, stages.EMBEDDING), least=2,
+            labelled=True):
   """Collects the features that the protocols need.
 
   Args:
@@ -72,45 +79,64 @@ def prepare(model, folder, name=None, wanted=(*stages.NAMES, stages.EMBEDDING)):
     folder: where they are kept.
     name: another data set to evaluate the features on, as `dataset.name`; by default the run's own.
     wanted: the stages whose features are needed.
+    least: how many pictures to learn from there must be, in 2 classes at least if more than 2.
+    labelled: whether labels are needed.
 
   Returns:
     `Sets`.
 
   Raises:
-    errors.UserError: there are no such data, or they have no labels.
+    errors.UserError: there are no such data, too few of them, or they have no labels.
   """
   dataset, bank = model.dataset if name is None else None, model.bank
   if name is not None:
     config = model.config.dataset.copy_and_resolve_references()
     config.update(name=name, limit=None, validation=None)
-    dataset, bank = data.load(config, model.config.seed), None
-  if dataset.train.labels is None or (dataset.test is not None and dataset.test.labels is None):
+    try:
+      dataset, bank = data.load(config, model.config.seed), None
+    except errors.UserError as e:
+      raise errors.UserError(str(e).replace('--config.dataset.name', '--dataset')) from e
+  has_labels = all(pictures.labels is not None for pictures in (dataset.train, dataset.test)
+                   if pictures is not None)
+  if labelled and not has_labels:
     raise errors.UserError(f'{dataset.name} has no labels to evaluate with: set --dataset to one '
                            'that has')
   rows = np.arange(len(dataset.train))
   if dataset.test is None:
     shuffled = np.random.RandomState(0).permutation(len(rows))
     test_rows, rows = map(np.sort, np.split(shuffled, [max(1, round(_HELD_OUT * len(rows)))]))
+  train_labels = test_labels = class_names = None
+  if has_labels:
+    train_labels = dataset.train.labels[rows]
+    test_labels = dataset.train.labels[test_rows] if dataset.test is None else dataset.test.labels
+    class_names = dataset.class_names
+    if class_names is None:  # the numbers may have gaps
+      numbers, both = np.unique(np.concatenate([train_labels, test_labels]), return_inverse=True)
+      train_labels, test_labels = np.split(both.astype(np.int32), [len(rows)])
+      class_names = tuple(map(str, numbers))
+  classes = 0 if train_labels is None else len(np.unique(train_labels))
+  if len(rows) < least or (least > 2 and classes < 2):
+    raise errors.UserError(
+        f'{dataset.name} has {len(rows)} pictures to learn from' + (
+            f' in {classes} classes' if least > 2 else '') + f', must have at least {least}' + (
+                ' in 2' if least > 2 else '') + ': set --dataset to more')
   known = stages.collect(model, dataset.train, folder, wanted)
   if dataset.test is None:
-    test, test_labels = ({k: x[test_rows] for k, x in known.items()},
-                         dataset.train.labels[test_rows])
+    test = {k: x[test_rows] for k, x in known.items()}
+    known = {k: x[rows] for k, x in known.items()}
   else:
     test = stages.collect(model, dataset.test, folder, wanted)
-    test_labels = dataset.test.labels
-  num_classes = int(max(dataset.train.labels.max(), test_labels.max())) + 1
-  return Sets(model, name or model.config.dataset.name, {k: x[rows] for k, x in known.items()},
-              dataset.train.labels[rows], test, test_labels,
-              dataset.class_names or tuple(map(str, range(num_classes))),
-              None if bank is None else bank[rows], dataset.train.subset(rows, 'train'),
+  return Sets(model, name or model.config.dataset.name, known, train_labels, test, test_labels,
+              class_names, None if bank is None else bank[rows],
+              dataset.train.subset(rows, 'train'),
               dataset.test or dataset.train.subset(test_rows, 'test'))
 
 
 def nearest_neighbours(sets):
   """Rows of results: top-1 and top-5 for each kind of feature, K and τ, from one search each.
 
-  The embedding's row of the run's own K and τ also has the top-1 of each class, and its confusion
-  matrix is drawn.
+  A class without a vote is not among the first five. The embedding's row of the run's own K and τ
+  also has the top-1 of each class, and its confusion matrix is drawn.
   """
   own = sets.model.config.knn
   kinds = {'embedding': (sets.train[stages.EMBEDDING], sets.test[stages.EMBEDDING]),
@@ -128,42 +154,50 @@ def nearest_neighbours(sets):
       for temperature in temperatures:
         scores = np.asarray(knn.vote(similarity[:, :k], labels[:, :k], temperature,
                                      sets.num_classes))
+        scores = np.where(scores > 0, scores, -np.inf)
         results.append({
             'features': kind, 'neighbors': k, 'temperature': temperature,
             'top1': probes.top_k(scores, sets.test_labels, 1),
             'top5': probes.top_k(scores, sets.test_labels, 5)})
         if (kind, k, temperature) == (stages.EMBEDDING, own_k, own.temperature):
-          counts = metrics.confusion_matrix(sets.test_labels, scores.argmax(axis=1),
-                                            labels=range(sets.num_classes))
+          predicted = scores.argmax(axis=1)
+          right = np.bincount(sets.test_labels[predicted == sets.test_labels],
+                              minlength=sets.num_classes)
           results[-1]['per_class'] = {
-              name: float(line[i] / line.sum()) if line.sum() else None
-              for i, (name, line) in enumerate(zip(sets.class_names, counts))}
+              name: float(right[i] / count) if count else None for i, (name, count) in enumerate(
+                  zip(sets.class_names, np.bincount(sets.test_labels, minlength=sets.num_classes)))}
           if sets.num_classes <= _CLASSES_DRAWN:
+            counts = metrics.confusion_matrix(sets.test_labels, predicted,
+                                              labels=range(sets.num_classes))
             report.save_picture(report.confusion(counts, sets.class_names, sets.name),
                                 sets.model.workdir / _confusion_file(sets))
   return results
 
 
 def _confusion_file(sets):
-  """confusion.png, or with the name of another data set in it."""
-  if sets.name == sets.model.config.dataset.name:
+  """confusion.png, or of another data set with its name, and a digest that keeps names apart."""
+  if sets.bank is not None or sets.name == sets.model.config.dataset.name:
     return 'confusion.png'
-  return f'confusion-{re.sub("[^A-Za-z0-9]+", "-", sets.name).strip("-")}.png'
+  name = re.sub('[^A-Za-z0-9]+', '-', sets.name).strip('-')[:40]
+  digest = hashlib.sha256(sets.name.encode('utf8', 'surrogateescape')).hexdigest()[:8]
+  return f'confusion-{name}-{digest}.png'
 
 
 def linear(sets):
   """A row of results for each stage."""
-  return [{'features': name} | probes.linear(
-      sets.train[name], sets.train_labels, sets.test[name], sets.test_labels,
-      num_classes=sets.num_classes) for name in (*stages.NAMES, stages.EMBEDDING)
-          if name in sets.train]
+  for name in (*stages.NAMES, stages.EMBEDDING):
+    if name in sets.train:
+      yield {'features': name} | probes.linear(
+          sets.train[name], sets.train_labels, sets.test[name], sets.test_labels,
+          num_classes=sets.num_classes)
 
 
 def support_vectors(sets):
   """A row of results for the pooled features and one for the embedding, if they are there."""
-  return [{'features': name} | probes.support_vectors(
-      sets.train[name], sets.train_labels, sets.test[name], sets.test_labels)
-          for name in ('pooled', stages.EMBEDDING) if name in sets.train]
+  for name in ('pooled', stages.EMBEDDING):
+    if name in sets.train:
+      yield {'features': name} | probes.support_vectors(
+          sets.train[name], sets.train_labels, sets.test[name], sets.test_labels)
 
 
 def fine_tune(sets):
@@ -174,42 +208,83 @@ def fine_tune(sets):
   model = sets.model
   pictures = [np.concatenate([np.stack(views) for views in model.views_of(source)])
               for source in (sets.train_pictures, sets.test_pictures)]
-  random = model.encoder.init(jax.random.key(model.config.seed), np.zeros(
-      (1, *train.view_size(model.config, pictures[0].shape[1:]), 3), np.float32), train=False)
-  starts = {'trained': model.variables,
-            'random': (random['params'], random.get('batch_stats', {}))}
-  return few_label.measure(model.encoder, starts, pictures[0], sets.train_labels, pictures[1],
-                           sets.test_labels, num_classes=sets.num_classes, config=model.config)
+  blank = np.zeros((1, *train.view_size(model.config, pictures[0].shape[1:]), 3), np.float32)
+  init = jax.jit(functools.partial(model.encoder.init, train=False))
+
+  def random(seed):
+    variables = init(jax.random.fold_in(jax.random.key(model.config.seed), seed), blank)
+    return variables['params'], variables.get('batch_stats', {})
+
+  yield from few_label.measure(
+      model.encoder, {'trained': lambda _: model.variables, 'random': random}, pictures[0],
+      sets.train_labels, pictures[1], sets.test_labels, num_classes=sets.num_classes,
+      config=model.config)
 
 
 def measure_geometry(sets):
   """One row of results, of the embeddings of the training pictures."""
-  embedding = np.asarray(sets.train[stages.EMBEDDING])
-  classes = [embedding[sets.train_labels == c] for c in np.unique(sets.train_labels)]
-  same = [geometry.alignment(x, np.roll(x, 1, axis=0)) for x in classes if len(x) > 1]
-  return [{'uniformity': geometry.uniformity(embedding),
+  embedding, labels = np.asarray(sets.train[stages.EMBEDDING]), sets.train_labels
+  return [{'alignment': geometry.alignment(*_two_views(sets)),
+           'class_alignment': None if labels is None else geometry.class_alignment(embedding,
+                                                                                   labels),
+           'uniformity': geometry.uniformity(embedding),
            'effective_rank': geometry.effective_rank(embedding),
-           'class_alignment': float(np.mean(same)) if same else None,
            'staleness': None if sets.bank is None else geometry.staleness(sets.bank, embedding)}]
+
+
+def _two_views(sets):
+  """Embeddings ([n, D], [n, D]) of two random views of a seeded sample of the training pictures.
+
+  Of streamed pictures the central views are what is cropped from.
+  """
+  model = sets.model
+  settings = dict(model.config.augment)
+  size = settings.pop('size')
+  chosen = np.random.RandomState(0).permutation(len(sets.train_pictures))[:_ALIGNED]
+
+  @jax.jit
+  def encode(variables, keys, images):
+    views = augment.augment(keys, images, size=images.shape[1:3] if size is None else (size, size),
+                            **settings)
+    params, batch_stats = variables
+    return model.encoder.apply({'params': params, 'batch_stats': batch_stats}, views, train=False)
+
+  found, number = ([], []), 0
+  for views in model.views_of(sets.train_pictures.subset(np.sort(chosen), 'two views')):
+    for view, embeddings in enumerate(found):
+      key = jax.random.fold_in(jax.random.key(view), number)
+      embeddings.append(encode(model.variables, jax.random.split(key, len(views)),
+                               np.stack(views)))
+    number += 1
+  return tuple(np.concatenate(embeddings) for embeddings in found)
 
 
 PROTOCOLS = {'knn': nearest_neighbours, 'linear': linear, 'svm': support_vectors,
              'few_label': fine_tune, 'geometry': measure_geometry}
+_STAGES = {'knn': ('pooled', stages.EMBEDDING), 'linear': (*stages.NAMES, stages.EMBEDDING),
+           'svm': ('pooled', stages.EMBEDDING), 'few_label': (), 'geometry': (stages.EMBEDDING,)}
+_LEARNING = ('linear', 'svm', 'few_label')
 
 
 def show(protocol, results, console):
-  """Prints results as a table; of a kNN grid, each kind of feature's best, and the classes."""
+  """Prints results as a table; of a kNN grid what the run's own K and τ give, and the best."""
+  title = protocol
   if protocol == 'knn':
-    per_class = next(r['per_class'] for r in results if 'per_class' in r)
-    if len(per_class) <= _CLASSES_SHOWN:
-      console.print('top-1 of each class, at the run\'s own K and τ:',
-                    ', '.join(f'{name}: {"–" if top1 is None else f"{top1:.3f}"}'
-                              for name, top1 in per_class.items()), markup=False)
-    results = [{k: v for k, v in r.items() if k != 'per_class'} for r in results]
-    kinds = dict.fromkeys(r['features'] for r in results)
-    results = [max((r for r in results if r['features'] == kind), key=lambda r: r['top1'])
-               for kind in kinds]
-  table = rich_table.Table(title=protocol + (', the best of the grid' if protocol == 'knn' else ''))
+    title = "knn, at the run's own K and τ"
+    own = next(r for r in results if 'per_class' in r)
+    if len(own['per_class']) <= _CLASSES_SHOWN:
+      console.print('top-1 of each class:', ', '.join(
+          f'{report.printable(name)}: {"–" if top1 is None else f"{top1:.3f}"}'
+          for name, top1 in own['per_class'].items()), markup=False)
+    settings = lambda r: (r['neighbors'], r['temperature'])
+    best = {}
+    for r in results:
+      if r['features'] not in best or r['top1'] > best[r['features']]['top1']:
+        best[r['features']] = r
+    results = [{k: v for k, v in r.items() if k != 'per_class'} | {
+        'best of the grid': f'{best[r["features"]]["top1"]:.4g} (K = {{}}, τ = {{}})'.format(
+            *settings(best[r['features']]))} for r in results if settings(r) == settings(own)]
+  table = rich_table.Table(title=title)
   for key in results[0]:
     table.add_column(key.replace('_', ' '), justify='left' if key == 'features' else 'right')
   for result in results:
@@ -219,7 +294,7 @@ def show(protocol, results, console):
 
 
 def main(argv=None):
-  """The command; returns its exit code: 0, or 2 for a user's mistake."""
+  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
   def command():
     parser = argparse.ArgumentParser(
         prog='python -m instdisc_jax.evaluate', description=__doc__, allow_abbrev=False,
@@ -240,16 +315,21 @@ def main(argv=None):
     logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax reports all it does
     checkpoint.leave_errors_to_orbax()
     model, console = inference.load(args.workdir), rich_console.Console(highlight=False)
-    file = model.workdir / FILE
-    with tempfile.TemporaryDirectory() as scratch:
+    file, dataset = model.workdir / FILE, args.dataset or model.config.dataset.name
+    if not files.in_bucket(file) and not os.access(model.workdir, os.W_OK):
+      raise errors.UserError(f"'{args.workdir}' can't be written: set --workdir to a copy of it")
+    with preemption.Watch() as watch, tempfile.TemporaryDirectory() as scratch:
       folder = pathlib.Path(scratch) if files.in_bucket(file) else model.workdir / 'features'
-      sets = prepare(model, folder, args.dataset)
+      sets = prepare(
+          model, folder, args.dataset, dict.fromkeys(s for p in chosen for s in _STAGES[p]),
+          least=_LEAST if {*chosen} & {*_LEARNING} else 2, labelled={*chosen} != {'geometry'})
       for protocol in chosen:
-        results = PROTOCOLS[protocol](sets)
-        origin = {'protocol': protocol, 'dataset': args.dataset or model.config.dataset.name,
-                  'step': model.step}
-        earlier = file.read_text() if file.exists() else ''
-        files.write(file, earlier + ''.join(json.dumps(origin | r) + '\n' for r in results))
+        results = []
+        for result in PROTOCOLS[protocol](sets):
+          watch.check()
+          results.append(result)
+          line = {'protocol': protocol, 'dataset': dataset, 'step': model.step} | result
+          files.append(file, json.dumps(line) + '\n')
         show(protocol, results, console)
 
   return errors.exit_code(command)

@@ -37,6 +37,15 @@ def in_bucket(path):
   return '://' in os.fspath(path)
 
 
+def append(path, text):
+  """Adds text to a file, made if it is not there, in one call."""
+  if in_bucket(path):
+    path.write_text((path.read_text() if path.exists() else '') + text)
+    return
+  with path.open('a', encoding='utf8', errors='surrogateescape') as file:
+    file.write(text)
+
+
 def write(path, content):
   """Writes a file, str or bytes, whole or not at all; a bucket does so by itself."""
   if isinstance(content, str):

@@ -16,6 +16,10 @@ from instdisc_jax.evaluation import features, knn, report
 CHUNK = 64  # most pictures per call of the encoder
 
 
+class Unreadable(errors.UserError):
+  """A file that gives no picture."""
+
+
 def load(workdir):
   """Opens the newest sound checkpoint of a workdir.
 
@@ -96,7 +100,7 @@ class Model:
 
     Args:
       images: [B, H, W, 3] uint8, or one [H, W, 3], or a list of such pictures and of paths, of any
-        sizes where the run has an `augment.size`.
+        sizes where the run has an `augment.size` (and no `dataset.path=resident`).
 
     Returns:
       [B, D] float32 unit-norm `np.ndarray`.
@@ -104,13 +108,11 @@ class Model:
     Raises:
       errors.UserError: of another shape or type, or a file that gives no picture.
     """
-    if isinstance(images, (str, os.PathLike, bytes)) or getattr(images, 'ndim', None) == 3:
+    if (getattr(images, 'ndim', None) in (0, 3) or not hasattr(images, '__iter__')
+        or isinstance(images, (str, os.PathLike, bytes))):
       images = [images]
     views = [_view(image, f'image {i}', self._side) for i, image in enumerate(images)]
-    if len({view.shape for view in views}) > 1:
-      shapes = sorted({view.shape[:2] for view in views})
-      raise errors.UserError(f'images have the sizes {shapes[0]} and {shapes[1]}, must have one '
-                             'size: this encoder was trained without --config.augment.size')
+    _check_one_size(views, self._side, [f'image {i}' for i in range(len(views))])
     result = np.zeros((len(views), self.config.model.embedding_dim), np.float32)
     for start in range(0, len(views), CHUNK):
       part = views[start:start + CHUNK]
@@ -138,12 +140,17 @@ class Model:
     """Lists of up to `CHUNK` views, as `embed_all` reads them."""
     count = -(-len(source) // CHUNK)
     read = functools.partial(_read_views, source=source, side=self._side, size=CHUNK)
-    views = stream.in_background(read, first, count,
-                                 stream.workers(self.config.dataset.workers) if count > 16 else 0)
+    chunks = stream.in_background(read, first, count,
+                                  stream.workers(self.config.dataset.workers) if count > 16 else 0)
+    reference = [] if self._side is not None or not first else [_read_view(0, source, None)]
     try:
-      yield from views
+      for number, views in enumerate(chunks, first):
+        names = [source.name(number * CHUNK + i) for i in range(len(views))]
+        reference = reference or views[:1]
+        _check_one_size(reference + views, self._side, [source.name(0), *names])
+        yield views
     finally:
-      views.close()
+      chunks.close()
 
   def neighbors(self, images, k=20):
     """The rows of the bank nearest to each picture.
@@ -160,7 +167,7 @@ class Model:
     """
     if self.bank is None:
       raise errors.UserError(f"'{self.workdir}' has weights but no bank: train on it first")
-    if not 1 <= k <= len(self.bank):
+    if not isinstance(k, (int, np.integer)) or not 1 <= k <= len(self.bank):
       raise errors.UserError(f'k is {k}, must be from 1 to the {len(self.bank)} rows of the bank')
     similarity, row = knn.nearest(self.embed(images), self.bank, k=k)
     return np.asarray(similarity), np.asarray(row)
@@ -184,20 +191,32 @@ class Model:
                       int(self.labels.max()) + 1)
     return np.argmax(scores, axis=1)
 
-  def rows_of(self, names, sizes):
+  def rows_of(self, source, sizes):
     """The bank's row of each picture of a folder that the run was trained on.
 
+    It is one if it has a name and a size that the run knows, and lies in the run's own folder or is
+    byte for byte the picture there.
+
     Args:
-      names: [n] paths relative to the folder.
-      sizes: {path: size in bytes}; a picture of another size is another picture.
+      source: `data.Pictures` of a folder.
+      sizes: {path: size in bytes}.
 
     Returns:
       [n] int32, -1 where it has none.
     """
     listing = folder.read(self.workdir)
     if listing is None or self.bank is None:
-      return np.full(len(names), -1, np.int32)
-    return folder.rows_of(listing, names, sizes)
+      return np.full(len(source), -1, np.int32)
+    rows = folder.rows_of(listing, source.names, sizes)
+    own = folder.Files(os.path.expanduser(self.config.dataset.name.partition(':')[2]), source.names)
+    if os.path.realpath(own.root) != os.path.realpath(source.files.root):
+      for i in np.flatnonzero(rows >= 0):
+        try:
+          same = own[i] == source.files[i]
+        except OSError:
+          same = False
+        rows[i] = rows[i] if same else -1
+    return rows
 
   def digest(self):
     """SHA-256 of the weights."""
@@ -206,13 +225,26 @@ class Model:
 
 def _read_views(chunk, *, source, side, size):
   """[H, W, 3] uint8 of each picture of a chunk; for threads and worker processes."""
-  views = []
-  for i in range(chunk * size, min((chunk + 1) * size, len(source))):
-    try:
-      views.append(_view(source.files[i], source.name(i), side))
-    except OSError as e:
-      raise errors.UserError(f"{source.name(i)} can't be read ({e.strerror})") from e
-  return views
+  return [_read_view(i, source, side)
+          for i in range(chunk * size, min((chunk + 1) * size, len(source)))]
+
+
+def _read_view(i, source, side):
+  try:
+    return _view(source.files[i], source.name(i), side)
+  except OSError as e:
+    raise Unreadable(f"{source.name(i)} can't be read ({e.strerror})") from e
+
+
+def _check_one_size(views, side, names):
+  """Pictures that are not cut to one size must come in one."""
+  for view, name in zip(views, names):
+    if side is None and view.shape != views[0].shape:
+      (height, width), (first_height, first_width) = view.shape[:2], views[0].shape[:2]
+      raise errors.UserError(
+          f'{name} has {height} x {width} pixels, must have {first_height} x {first_width} like '
+          f'{names[0]}: this run was not trained to cut pictures to one size (set '
+          '--config.augment.size, and with it --config.dataset.path=stream, in a new --workdir)')
 
 
 def _view(image, name, side):
@@ -221,8 +253,8 @@ def _view(image, name, side):
     name = f"'{image}'"
     try:
       image = pathlib.Path(image).read_bytes()
-    except OSError as e:
-      raise errors.UserError(f"'{image}' can't be read ({e.strerror})") from e
+    except (OSError, ValueError) as e:
+      raise Unreadable(f"{name} can't be read ({getattr(e, 'strerror', None) or e})") from e
   elif not isinstance(image, np.ndarray) and hasattr(image, '__array__'):
     image = np.asarray(image)
   if isinstance(image, np.ndarray) and (
@@ -237,4 +269,4 @@ def _view(image, name, side):
       return decode.decode(image)
     return decode.view(image, functools.partial(decode.centre_box, side=side), side)
   except decode.UnreadableError as e:
-    raise errors.UserError(f'{name} {e}') from e
+    raise Unreadable(f'{name} {e}') from e

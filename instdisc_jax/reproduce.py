@@ -22,12 +22,11 @@ import sys
 import jax
 from matplotlib import pyplot as plt
 import numpy as np
-from scipy import stats
 
 from instdisc_jax import __version__, checkpoint, errors, evaluate, files, inference, preemption
 from instdisc_jax import config as config_lib
 from instdisc_jax import main as main_lib
-from instdisc_jax.evaluation import report
+from instdisc_jax.evaluation import few_label, report
 
 _NCE = {'loss.name': 'nce'}
 _LOSSES = {
@@ -111,6 +110,7 @@ def _paper():
   return config, 3
 
 
+_SVM_FILE = 'svm.json'
 SCALES = {'smoke': _smoke, 'small': _small, 'paper': _paper}
 
 
@@ -154,29 +154,44 @@ def run_row(config, workdir, with_svm, watch):
     told = str(e).replace('--config.dataset.data_dir', '--data_dir')
     raise errors.UserError(re.sub('set --config.* or another --workdir', 'set another --output',
                                   told).replace('--workdir', '--output')) from e
-  summary = json.loads((workdir / report.SUMMARY).read_text())
+  if with_svm and not (workdir / _SVM_FILE).exists():
+    watch.check()
+    sets = evaluate.prepare(inference.load(workdir), workdir / 'features', wanted=('pooled',))
+    files.write(workdir / _SVM_FILE, json.dumps(next(evaluate.support_vectors(sets))))
+    shutil.rmtree(workdir / 'features')
+  return measured(workdir, with_svm)
+
+
+def measured(workdir, with_svm):
+  """The measures of a row, {name: value}; None where it has not ended."""
+  files_wanted = [workdir / name for name in (report.SUMMARY, *([_SVM_FILE] * with_svm))]
+  if not all(file.exists() for file in files_wanted):
+    return None
+  summary, *svm = (json.loads(file.read_text()) for file in files_wanted)
   kept = {'knn': summary['knn_top1'], 'loss': summary['final_loss'], 'steps': summary['steps'],
           'seconds': summary['wall_seconds'], 'untrained': summary['knn_top1_untrained'],
           'pixels': summary['knn_top1_pixels']}
-  if with_svm:
-    file = workdir / 'svm.json'
-    if not file.exists():
-      watch.check()
-      sets = evaluate.prepare(inference.load(workdir), workdir / 'features', wanted=('pooled',))
-      found = evaluate.support_vectors(sets)
-      files.write(file, json.dumps(found[0]))
-      shutil.rmtree(workdir / 'features')
-    kept['svm'] = json.loads(file.read_text())['top1']
-  return kept
+  return kept | ({'svm': svm[0]['top1']} if svm else {})
 
 
-def interval(values):
-  """(mean, half its 95% interval by Student's t; None for a single value)."""
-  mean = float(np.mean(values))
-  if len(values) < 2:
-    return mean, None
-  spread = float(np.std(values, ddof=1)) / len(values)**0.5
-  return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
+def ended(output, name, scale, with_svm):
+  """{title: {seed: measures}} of the rows of a table that have ended, and of no others.
+
+  Raises:
+    errors.UserError: the folder holds another table.
+  """
+  file = output / 'results.json'
+  if file.exists():
+    table, at = (json.loads(file.read_text())[key] for key in ('table', 'scale'))
+    if (table, at) != (name, scale):
+      raise errors.UserError(f"'{output}' holds the table {table} of the scale {at}: set another "
+                             '--output')
+  results = {title: {} for title in TABLES[name].rows}
+  for number, by_seed in enumerate(results.values()):
+    for workdir in (output / 'rows').glob(f'{number}-seed*'):
+      if (row := measured(workdir, with_svm)) is not None:
+        by_seed[int(workdir.name.partition('seed')[2])] = row
+  return results
 
 
 def write(output, name, scale, results, failed, about_data):
@@ -186,33 +201,32 @@ def write(output, name, scale, results, failed, about_data):
     output: the folder.
     name: of `TABLES`.
     scale: of `SCALES`.
-    results: {title: {seed: measures}}.
+    results: {title: {seed: measures}}; a row without a run is left out.
     failed: {run: why}.
     about_data: what was trained on and how, a paragraph.
   """
   table = TABLES[name]
+  results = {title: dict(sorted(by_seed.items())) for title, by_seed in results.items() if by_seed}
   lines = [f'# {name}, scale {scale}', '', about_data, '', table.about, '']
   measures = list(table.paper)
   head = ['row']
   for measure in measures:
     head += [f'{measure}, paper', f'{measure}, here', '± 95%', 'each seed']
-  lines += [f'| {" | ".join(head)} | last loss | seconds |', '|---' * (len(head) + 2) + '|']
+  head += ['raw pixels, kNN', 'untrained, kNN', 'last loss', 'seconds']
+  lines += [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
   for title, by_seed in results.items():
     cells = [title]
     for measure in measures:
       values = [run[measure] for run in by_seed.values()]
-      mean, half = interval(values)
+      mean, half = few_label.interval(values)
       known = table.paper[measure].get(title)
       cells += ['–' if known is None else f'{known:.3f}', f'{mean:.3f}',
                 '–' if half is None else f'{half:.3f}', ', '.join(f'{v:.3f}' for v in values)]
-    runs = by_seed.values()
-    lines.append(f'| {" | ".join(cells)} | {np.mean([run["loss"] for run in runs]):.3f} | '
-                 f'{np.mean([run["seconds"] for run in runs]):.0f} |')
-  runs = [run for by_seed in results.values() for run in by_seed.values()]
-  lines += ['', f'For comparison, by kNN: raw pixels {runs[0]["pixels"]:.3f}, untrained encoder '
-                f'{np.mean([run["untrained"] for run in runs]):.3f}.',
-            *(f'Failed: {run}: {why}.' for run, why in failed.items()),
-            '', '![plot](plot.png)', '']
+    for key, digits in (('pixels', 3), ('untrained', 3), ('loss', 3), ('seconds', 0)):
+      cells.append(f'{np.mean([run[key] for run in by_seed.values()]):.{digits}f}')
+    lines.append(f'| {" | ".join(cells)} |')
+  lines += ['', *(f'Failed: {run}: {why}.\n' for run, why in failed.items()),
+            '![plot](plot.png)', '']
   (output / 'results.json').write_text(json.dumps(
       {'table': name, 'scale': scale, 'about': about_data, 'rows': results}, indent=2,
       ensure_ascii=False) + '\n')
@@ -228,17 +242,17 @@ def plot(table, results, title):
   for axes, (measure, known) in zip(grid[0], table.paper.items()):
     for y, by_seed in enumerate(results.values()):
       values = [run[measure] for run in by_seed.values()]
-      mean, half = interval(values)
+      mean, half = few_label.interval(values)
       axes.errorbar(mean, y, xerr=half, fmt='o', color='#1f77b4', capsize=4,
                     label='here, 95% interval' if y == 0 else None)
       axes.plot(values, [y] * len(values), '|', color='#1f77b4', ms=12)
+      for key, title_of, mark in (('pixels', 'raw pixels', 'x'), ('untrained', 'untrained', '.')):
+        if measure == 'knn':
+          axes.plot(np.mean([run[key] for run in by_seed.values()]), y, mark, color='gray', ms=6,
+                    label=title_of if y == 0 else None)
     given = [(known[row], y) for y, row in enumerate(results) if row in known]
     if given:
       axes.plot(*zip(*given), 'D', color='#d62728', ms=5, label='paper')
-    if measure == 'knn':
-      first = next(iter(next(iter(results.values())).values()))
-      axes.axvline(first['pixels'], color='gray', ls='--', lw=1, label='raw pixels')
-      axes.axvline(first['untrained'], color='gray', ls=':', lw=1, label='untrained')
     axes.set_yticks(place, results)
     axes.invert_yaxis()
     axes.set(xlabel=f'{measure} top-1', title=title)
@@ -288,7 +302,8 @@ def main(argv=None):
     checkpoint.leave_errors_to_orbax()
     jax.config.update('jax_compilation_cache_dir', str(output / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-    results, failed, with_svm = {}, {}, 'svm' in TABLES[args.table].paper
+    failed, with_svm = {}, 'svm' in TABLES[args.table].paper
+    results = ended(output, args.table, args.scale, with_svm)
     about = describe(configure(args.table, args.scale, list(TABLES[args.table].rows)[-1], 0))
     with preemption.Watch() as watch:
       for seed in range(seeds):  # every row has a value early on
@@ -301,8 +316,8 @@ def main(argv=None):
           except errors.RunError as e:
             failed[f'{title}, seed {seed}'] = errors.one_line(e)
           else:
-            results.setdefault(title, {})[seed] = row
-          if results:
+            results[title][seed] = row
+          if any(results.values()):
             write(output, args.table, args.scale, results, failed, about)
     if failed:
       raise errors.RunError('; '.join(f'{run}: {why}' for run, why in failed.items()))

@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import numpy as np
 from PIL import Image
@@ -124,7 +125,11 @@ def _class_names(model):
   """The classes' names, or None."""
   if model.class_names is not None:
     return list(model.class_names)
-  return None if model.labels is None else [str(c) for c in range(int(model.labels.max()) + 1)]
+  if model.labels is None:
+    return None
+  labels = [source.labels.max() for source in (model.dataset.train, model.dataset.test)
+            if source is not None and source.labels is not None]
+  return [str(c) for c in range(int(max(labels)) + 1)]
 
 
 def _relabelled(queries, names, class_names):
@@ -142,7 +147,7 @@ def _embed(model, queries, watch):
     for chunk in model.embed_all(queries):
       chunks.append(chunk)
       watch.check()
-  except errors.UserError as e:
+  except inference.Unreadable as e:
     raise errors.UserError(f'{e}: remove it, or set --on_unreadable=skip, or --images') from e
   return np.concatenate(chunks)
 
@@ -182,10 +187,11 @@ def _names(source, chosen, kind):
 
 def _write(page, sources, output, watch):
   """The folder, whole or not at all; an earlier page of that name is replaced."""
-  partial = output.with_name(output.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)
+  partial = None
   try:
-    (partial / 'pictures').mkdir(parents=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    partial.chmod(0o755)
+    (partial / 'pictures').mkdir()
     _write_pictures(sources, partial / 'pictures', watch)
     (partial / 'data.js').write_text(f'const PAGE = {json.dumps(page)};\n')
     shutil.copyfile(_TEMPLATE, partial / 'index.html')
@@ -198,7 +204,8 @@ def _write(page, sources, output, watch):
     raise errors.UserError(f"'{output}' can't be written ({e.strerror or e}): set --output to a "
                            'place that can') from e
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_pictures(sources, place, watch):
@@ -258,7 +265,9 @@ def main(argv=None):
 
 
 def _is_page(path):
-  """Whether a folder is a page of ours and holds nothing else."""
+  """Whether a folder is empty, or a page of ours that holds nothing else."""
+  if path.is_dir() and not any(path.iterdir()):
+    return True
   index = path / 'index.html'
   return (index.is_file() and _MARK in index.read_text(errors='replace')[:500]
           and {file.name for file in path.iterdir()} <= {'index.html', 'data.js', 'pictures'})

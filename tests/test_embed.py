@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,42 @@ def test_parts_of_other_pictures_are_not_used(trained_folder, tmp_path):
   assert _run(workdir, folder, tmp_path / 'a.npz') == 0
   with np.load(tmp_path / 'a.npz') as file:
     np.testing.assert_allclose(np.linalg.norm(file['embedding'], axis=1), 1, atol=1e-5)
+
+
+def test_a_folder_that_is_not_of_this_command_is_left_alone(trained_folder, tmp_path, capsys):
+  folder, workdir, _ = trained_folder
+  (tmp_path / 'a.npz.partial').mkdir()
+  (tmp_path / 'a.npz.partial' / 'mine.txt').write_text('mine')
+  assert _run(workdir, folder, tmp_path / 'a.npz') == 2
+  assert "a.npz.partial' is in the way, and not of this command" in capsys.readouterr().err
+  assert (tmp_path / 'a.npz.partial' / 'mine.txt').read_text() == 'mine'
+
+
+def test_a_copy_of_the_run_s_pictures_has_their_rows_and_others_of_those_names_have_none(
+    trained_folder, tmp_path):
+  folder, workdir, _ = trained_folder
+  def index(images):
+    assert _run(workdir, images, tmp_path / 'a.npz') == 0
+    with np.load(tmp_path / 'a.npz') as file:
+      return file['index']
+  own = index(folder)
+  shutil.copytree(folder, tmp_path / 'copy')
+  np.testing.assert_array_equal(index(tmp_path / 'copy'), own)
+  changed = sorted(folder_lib.scan(folder))[np.argmax(own == 3)]
+  content = bytearray((tmp_path / 'copy' / changed).read_bytes())
+  content[-1] ^= 1  # of the checksum at the end, which nobody reads
+  (tmp_path / 'copy' / changed).write_bytes(content)
+  np.testing.assert_array_equal(index(tmp_path / 'copy'), np.where(own == 3, -1, own))
+
+
+def test_pictures_of_several_sizes_are_refused_by_a_run_of_one_size(trained, tmp_path, monkeypatch,
+                                                                    capsys):
+  monkeypatch.setattr(inference, 'CHUNK', 2)
+  (tmp_path / 'new').mkdir()
+  for i, size in enumerate([(32, 32), (32, 32), (50, 20), (50, 20)]):  # alike within a chunk
+    Image.new('RGB', size, 'red').save(tmp_path / 'new' / f'{i}.png')
+  assert _run(trained[0], tmp_path / 'new', tmp_path / 'a.npz') == 2
+  assert "'2.png' has 20 x 50 pixels, must have 32 x 32 like '0.png'" in capsys.readouterr().err
 
 
 def test_pictures_of_no_run_have_no_row(trained_folder, tmp_path):

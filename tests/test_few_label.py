@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from instdisc_jax import models
 from instdisc_jax.evaluation import few_label
@@ -18,6 +19,14 @@ def test_the_chosen_labels_are_balanced_and_seeded():
   assert len(few_label.choose(np.array([0, 0, 0, 1]), 1.0, seed=0)) == 3  # two of 0, the only 1
 
 
+def test_the_interval_is_scipy_s():
+  values = [0.41, 0.44, 0.39]
+  mean, half = few_label.interval(values)
+  low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+  assert (mean - half, mean + half) == pytest.approx((low, high))
+  assert few_label.interval([0.3]) == (0.3, None)
+
+
 @pytest.mark.slow
 def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
   monkeypatch.setattr(few_label, 'SHARES', (0.25,))
@@ -31,7 +40,7 @@ def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
   images[np.arange(80), ..., labels * 2] //= 8  # class 0 lacks red, class 1 blue
   encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
   variables = encoder.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
-  starts = {'random': (variables['params'], variables['batch_stats'])}
+  starts = {'random': lambda _: (variables['params'], variables['batch_stats'])}
   result, = few_label.measure(encoder, starts, images[:60], labels[:60], images[60:], labels[60:],
                               num_classes=2, config=config)
   assert result['labels'] == 0.25 and result['images'] in (14, 16)

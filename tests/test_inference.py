@@ -89,7 +89,11 @@ def test_neighbours_and_classes_are_brute_force_s(model, digits):
     ([np.zeros((8, 8, 3), np.uint8), 'nowhere.png'], "'nowhere.png' can't be read"),
     ([3], r'image 0 is a int, must be a uint8 array \[H, W, 3\] or a path'),
     ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)],
-     r'images have the sizes \(8, 8\) and \(9, 8\), must have one size'),
+     r'image 1 has 9 x 8 pixels, must have 8 x 8 like image 0: this run was not trained to cut'),
+    (3, r'image 0 is a int, must be a uint8 array'),
+    (None, r'image 0 is a NoneType, must be a uint8 array'),
+    (np.float32(3), r'image 0 is float32 \[\], must be uint8 \[H, W, 3\]'),
+    ('a\0b.png', r"'a\0b.png' can't be read"),
 ])
 def test_wrong_images_are_named(model, images, message):
   with pytest.raises(errors.UserError, match=message):
@@ -99,5 +103,8 @@ def test_wrong_images_are_named(model, images, message):
 def test_wrong_calls_are_named(model, tmp_path):
   with pytest.raises(errors.UserError, match='k is 129, must be from 1 to the 128 rows'):
     model.neighbors(np.zeros((1, 32, 32, 3), np.uint8), 129)
+  for k in (2.5, '5', None):
+    with pytest.raises(errors.UserError, match=f'k is {k}, must be from 1 to the 128 rows'):
+      model.neighbors(np.zeros((1, 32, 32, 3), np.uint8), k)
   with pytest.raises(errors.UserError, match="no '.*config.json'"):
     instdisc_jax.load(tmp_path)

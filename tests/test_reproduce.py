@@ -5,7 +5,6 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from scipy import stats
 
 from instdisc_jax import config as config_lib
 from instdisc_jax import errors, reproduce
@@ -35,14 +34,6 @@ def test_the_paper_scale_is_the_published_recipe():
   assert reproduce.TABLES['cifar10'].paper['svm']['full softmax'] == 0.754
 
 
-def test_the_interval_is_scipy_s():
-  values = [0.41, 0.44, 0.39]
-  mean, half = reproduce.interval(values)
-  low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-  assert (mean - half, mean + half) == pytest.approx((low, high))
-  assert reproduce.interval([0.3]) == (0.3, None)
-
-
 def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
   run = lambda knn: {'knn': knn, 'svm': knn - 0.1, 'loss': 5.0, 'seconds': 60.0, 'steps': 9,
                      'untrained': 0.2, 'pixels': 0.3}
@@ -53,7 +44,7 @@ def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
   assert '| full softmax | 0.808 | 0.550 | 0.635 | 0.500, 0.600 | 0.754 | 0.450 |' in table
   assert '| NCE, M = 1 | 0.425 | 0.250 | – | 0.250 |' in table
   assert 'Failed: NCE, M = 10, seed 0: loss is nan.' in table
-  assert 'raw pixels 0.300, untrained encoder 0.200' in table
+  assert table.count('| 0.300 | 0.200 | 5.000 | 60 |') == 2  # raw pixels, untrained, loss, seconds
   with Image.open(tmp_path / 'plot.png') as image:
     assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
 
@@ -93,6 +84,31 @@ def test_what_is_wrong_is_said_in_the_settings_of_the_command(tmp_path, monkeypa
     assert reproduce.main(['--table=cifar10', *arguments]) == 2
   told = capsys.readouterr().err
   assert words in told and '--config' not in told and '--workdir' not in told
+
+
+def test_rows_that_ended_are_never_lost_from_a_table(tmp_path, monkeypatch, capsys):
+  summary = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0,
+             'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3}
+  for row in ('0-seed0', '0-seed2', '5-seed1'):
+    (tmp_path / 'rows' / row).mkdir(parents=True)
+    (tmp_path / 'rows' / row / 'summary.json').write_text(json.dumps(summary))
+  (tmp_path / 'rows' / '3-seed0').mkdir()  # not ended
+
+  def run_row(config, workdir, with_svm, watch):
+    if workdir.name == '0-seed0':
+      return reproduce.measured(workdir, with_svm)
+    raise errors.Stopped('stopped')
+  monkeypatch.setattr(reproduce, 'run_row', run_row)
+  arguments = ['--table=noise_count', '--scale=smoke', f'--output={tmp_path}']
+  with cache_left_alone():
+    assert reproduce.main(arguments) == 75  # at its second row
+  rows = json.loads((tmp_path / 'results.json').read_text())['rows']
+  assert {title: list(seeds) for title, seeds in rows.items()} == {
+      'parametric softmax': ['0', '2'], 'full softmax': ['1']}
+  with cache_left_alone():
+    assert reproduce.main(['--table=proximal', *arguments[1:]]) == 2
+  assert 'holds the table noise_count of the scale smoke: set another --output' in (
+      capsys.readouterr().err)
 
 
 @pytest.mark.slow

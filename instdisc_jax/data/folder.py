@@ -39,6 +39,14 @@ class Files:
     with open(os.path.join(self.root, self.paths[i]), 'rb') as file:
       return file.read()
 
+  def stamp(self):
+    """A digest of where the files lie and of when each was last changed."""
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
+    for name in self.paths:
+      path = os.path.join(self.root, name)
+      digest.update(str(os.stat(path).st_mtime_ns if os.path.exists(path) else None).encode())
+    return digest.hexdigest()[:16]
+
 
 def load(path, on_unreadable, workdir=None, setting='set --config.dataset.name=folder:PATH'):
   """Reads the names and sizes of all pictures below a folder.

@@ -35,6 +35,10 @@ class Pictures:
   def __len__(self):
     return len(self.files)
 
+  def identity(self):
+    """The fingerprint, and of files on disk also where they lie and when they were last changed."""
+    return self.fingerprint + (f' {self.files.stamp()}' if hasattr(self.files, 'stamp') else '')
+
   def name(self, i):
     """What to call picture i in a message."""
     return f'picture {i} (counted from 0)' if self.names is None else f"'{self.names[i]}'"
@@ -121,3 +125,6 @@ class _At:
 
   def __getitem__(self, i):
     return self.files[self.chosen[i]]
+
+  def stamp(self):
+    return self.files.stamp() if hasattr(self.files, 'stamp') else ''

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import stats
 
 from instdisc_jax import augment
 from instdisc_jax.evaluation import features
 
 SHARES = (0.01, 0.02, 0.04, 0.1, 0.2)  # of the labels
 SEEDS = (0, 1, 2)
-_STUDENT = 4.303  # 95% quantile of Student's t for 3 runs
 _BATCH, _STEPS = 64, 150
 _LEARNING_RATE, _HEAD_FACTOR = 0.01, 10  # the fresh classifier learns faster
 _WEIGHT_DECAY = 1e-4
@@ -25,7 +25,7 @@ def measure(encoder, starts, train_images, train_labels, test_images, test_label
 
   Args:
     encoder: a Linen module that shows 'pooled'.
-    starts: {name: (params, batch_stats)}, e.g. trained and random.
+    starts: {name: seed -> (params, batch_stats)}, e.g. trained and random.
     train_images: [N, H, W, 3] uint8.
     train_labels: [N] int.
     test_images: [Q, H, W, 3] uint8.
@@ -33,23 +33,29 @@ def measure(encoder, starts, train_images, train_labels, test_images, test_label
     num_classes: C.
     config: of the run, for its augmentation.
 
-  Returns:
+  Yields:
     Rows: 'labels' (the share), 'images' (how many), 'start', 'top1' (mean over seeds), 'interval'
-    (half its 95% interval).
+    (half its 95% interval, by Student's t).
   """
   fit, predict = _make(encoder, num_classes, config, train_images, train_labels, starts)
-  results = []
   for share in SHARES:
     for name, start in starts.items():
       right = []
       for seed in SEEDS:
         chosen = choose(train_labels, share, seed)
-        scores = predict(fit(start, chosen, seed), test_images)
+        scores = predict(fit(start(seed), chosen, seed), test_images)
         right.append(float(np.mean(scores.argmax(axis=1) == test_labels)))
-      results.append({
-          'labels': share, 'images': len(chosen), 'start': name, 'top1': float(np.mean(right)),
-          'interval': _STUDENT * float(np.std(right, ddof=1)) / len(right)**0.5})
-  return results
+      mean, half = interval(right)
+      yield {'labels': share, 'images': len(chosen), 'start': name, 'top1': mean, 'interval': half}
+
+
+def interval(values):
+  """(mean, half its 95% interval by Student's t; None for a single value)."""
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return mean, None
+  spread = float(np.std(values, ddof=1)) / len(values)**0.5
+  return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
 
 
 def choose(labels, share, seed):
@@ -104,7 +110,7 @@ def _make(encoder, num_classes, config, images, labels, starts):
     updates, state = optimizer.update(grads, state, weights)
     return optax.apply_updates(weights, updates), batch_stats, state
 
-  params, batch_stats = next(iter(starts.values()))
+  params, batch_stats = next(iter(starts.values()))(0)
   pooled = jax.eval_shape(
       lambda: encoder.apply({'params': params, 'batch_stats': batch_stats},
                             jnp.zeros((1, *size, 3)), train=False, mutable=['stages'])[1])

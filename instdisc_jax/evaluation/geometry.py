@@ -20,6 +20,25 @@ def alignment(first, second):
   return float(np.mean(np.sum((first - second)**2, axis=1)))
 
 
+def class_alignment(embedding, labels):
+  """Mean squared distance of two pictures of a class, over all such pairs; the mean of the classes.
+
+  Args:
+    embedding: [N, D] unit-norm.
+    labels: [N] int.
+
+  Returns:
+    A float from 0 to 4, or None where no class has two pictures.
+  """
+  means = []
+  for c in np.unique(labels):
+    x = np.asarray(embedding[labels == c], np.float64)
+    if len(x) > 1:  # the squared norm of a sum is the sum over all pairs, also with itself
+      cosine = (np.sum(x.sum(axis=0)**2) - np.sum(x**2)) / (len(x) * (len(x) - 1))
+      means.append(2 - 2 * cosine)
+  return float(np.mean(means)) if means else None
+
+
 def uniformity(embedding, seed=0):
   """Log of the mean Gaussian potential of all pairs (Wang and Isola, 2020, Eq. 2, t = 2).
 

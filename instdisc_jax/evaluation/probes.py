@@ -98,7 +98,9 @@ def support_vectors(train, train_labels, test, test_labels, *, seed=0):
         train[rows], train_labels[rows])
 
   held_out, rest = _split(len(train), seed)
-  right = [fit(rest, cost).score(train[held_out], train_labels[held_out]) for cost in _COSTS]
+  right = [0.0]
+  if len(np.unique(train_labels[rest])) > 1:  # of a handful of pictures one class may be left
+    right = [fit(rest, cost).score(train[held_out], train_labels[held_out]) for cost in _COSTS]
   best = _COSTS[int(np.argmax(right))]
   final = fit(np.arange(len(train)), best)
   return {'top1': float(final.score(test, test_labels)), 'cost': best}
@@ -114,11 +116,12 @@ def top_k(scores, labels, k):
   """Share of rows whose label is among the k best scores; None where those are all.
 
   Args:
-    scores: [Q, C].
+    scores: [Q, C]; -inf of a class that is not among them, however few there are.
     labels: [Q] int.
     k: how many.
   """
   if k > 1 and scores.shape[1] <= k:
     return None
   best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-  return float(np.mean((best == labels[:, None]).any(axis=1)))
+  named = np.take_along_axis(scores, best, axis=1) > -np.inf
+  return float(np.mean(((best == labels[:, None]) & named).any(axis=1)))

@@ -18,6 +18,7 @@ from instdisc_jax.data import decode, resident, stream
 from instdisc_jax.evaluation import features, knn
 
 matplotlib.use('Agg')
+matplotlib.rcParams['text.parse_math'] = False  # a class may be called $5_$10
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 
 SUMMARY = 'summary.json'
@@ -242,7 +243,8 @@ def curves(lines, summary, batch_size):
     if summary[key] is not None:
       right.axhline(summary[key], color='black', ls=style, lw=1,
                     label=f'{title}: {summary[key]:.3f}')
-  right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1), title=f'kNN, {summary["dataset"]}')
+  right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1),
+            title=f'kNN, {printable(summary["dataset"])}')
   if summary['knn_top1'] is not None:
     right.legend(fontsize=8, loc='lower right')
   else:
@@ -257,7 +259,8 @@ def neighbors(evaluator, dataset, row):
   """A figure of a dozen queries beside their nearest training pictures, right and wrong marked."""
   queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
   shown = min(_SHOWN, row.shape[1])
-  name = lambda label: dataset.class_names[label][:12] if dataset.class_names else str(label)
+  name = lambda label: (printable(dataset.class_names[label])[:12] if dataset.class_names
+                        else str(label))
   height = 1.25  # of a line, whose pictures are 1 by 1
   # One pair of axes for all: matplotlib needs seconds for one a picture.
   figure, axes = plt.subplots(layout='constrained', figsize=(
@@ -301,15 +304,20 @@ def confusion(counts, class_names, dataset):
   drawn = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
   figure.colorbar(drawn, label='share of the class')
   axes.set(xlabel='predicted', ylabel='true',
-           title=f'{dataset}: top-1 {np.trace(counts) / counts.sum():.3f}')
+           title=f'{printable(dataset)}: top-1 {np.trace(counts) / counts.sum():.3f}')
   if named:
-    names = [name[:12] for name in class_names]
+    names = [printable(name)[:12] for name in class_names]
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     for i, j in zip(*np.nonzero(counts)):
       axes.text(j, i, counts[i, j], ha='center', va='center', fontsize=7,
                 color='white' if share[i, j] > 0.5 else 'black')
   return figure
+
+
+def printable(name):
+  """A name, with a question mark for each byte of it that is no text."""
+  return name.encode('utf8', 'replace').decode('utf8')
 
 
 def save_picture(figure, path):

@@ -1,7 +1,6 @@
 """Features of every stage of an encoder, for the linear protocols: computed once, kept on disk."""
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,8 @@ def collect(model, source, folder, names=(*NAMES, EMBEDDING)):
   Args:
     model: `inference.Model`.
     source: `data.Pictures`.
-    folder: where they are kept; weights, pictures and stages decide the names there.
+    folder: where they are kept, below a name for weights and pictures; those of other weights are
+      removed from there.
     names: the stages that are wanted.
 
   Returns:
@@ -33,31 +33,42 @@ def collect(model, source, folder, names=(*NAMES, EMBEDDING)):
   Raises:
     errors.UserError: a picture can't be read.
   """
-  what = f'{model.digest()} {source.fingerprint} {" ".join(names)}'
-  key = hashlib.sha256(what.encode()).hexdigest()[:16]
-  place = folder / key
-  if not place.exists():
-    partial = folder / f'{key}.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write(model, source, partial, names)
-    os.replace(partial, place)
-  shapes = json.loads((place / 'shapes.json').read_text())
-  return {name: np.memmap(place / f'{name}.float32', np.float32, 'r', shape=tuple(shape))
-          for name, shape in shapes.items()}
+  weights, pictures = model.digest()[:16], hashlib.sha256(source.identity().encode()).hexdigest()
+  place = folder / f'{weights}-{pictures[:16]}'
+  for other in folder.glob('*'):
+    if not other.name.startswith(f'{weights}-'):
+      shutil.rmtree(other, ignore_errors=True)
+  found, missing = {}, []
+  for name in names:
+    try:
+      found[name] = np.load(place / f'{name}.npy', mmap_mode='r')
+    except (OSError, ValueError):  # not there, or cut short
+      missing.append(name)
+  if missing:
+    found |= _write(model, source, place, missing)
+  return {name: found[name] for name in names if name in found}
 
 
 def _write(model, source, place, names):
-  files, shapes, encode = {}, {}, _encode_jitted(model, names)
-  for views in model.views_of(source):
-    for name, values in jax.device_get(encode(*model.variables, np.stack(views))).items():
-      if name not in files:
-        files[name] = (place / f'{name}.float32').open('wb')
-        shapes[name] = [len(source), values.shape[1]]
-      files[name].write(np.ascontiguousarray(values, np.float32).tobytes())
-  for file in files.values():
-    file.close()
-  (place / 'shapes.json').write_text(json.dumps(shapes))
+  """Computes and keeps what is missing; several processes may do so at once."""
+  place.mkdir(parents=True, exist_ok=True)
+  partial = lambda name: place / f'{name}.{os.getpid()}.partial.npy'
+  encode, arrays, done = _encode_jitted(model, names), {}, 0
+  try:
+    for views in model.views_of(source):
+      for name, values in jax.device_get(encode(*model.variables, np.stack(views))).items():
+        if name not in arrays:
+          arrays[name] = np.lib.format.open_memmap(
+              partial(name), 'w+', np.float32, (len(source), values.shape[1]))
+        arrays[name][done:done + len(values)] = values
+      done += len(views)
+    for name, array in arrays.items():
+      array.flush()
+      os.replace(partial(name), place / f'{name}.npy')
+  finally:
+    for name in arrays:
+      partial(name).unlink(missing_ok=True)
+  return {name: np.load(place / f'{name}.npy', mmap_mode='r') for name in arrays}
 
 
 def _encode_jitted(model, names):
