@@ -6,7 +6,7 @@
 The learning rate grows with the batch (0.03 for 256 images), rises over 10 epochs and falls along a
 cosine; convolutions and the bank's rows are bfloat16, sums, parameters and statistics float32. The
 bank's 1,281,167 rows are shared out over all chips. `launch/tpu_vm.sh` starts it on all hosts and
-copies the data there; docs/data.md says how they are prepared.
+brings the data there; docs/data.md says how they are prepared.
 
 Cost: 200 epochs, 62,557 steps, meant for 32 to 256 chips. Not yet run: no result is known.
 """

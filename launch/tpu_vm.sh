@@ -33,8 +33,8 @@ Options
   --yes                do not ask before making or deleting something that costs money
   --dry-run            show every command, run none
 
-Example: launch/tpu_vm.sh all --name=r50 --zone=us-west4-a --type=v5litepod-64 --spot \
-           --source=git+https://ADDRESS --data-disk=imagenet -- \
+Example: launch/tpu_vm.sh all --name=r50 --project=PROJECT --zone=us-west4-a --spot \
+           --type=v5litepod-64 --source=git+https://ADDRESS --data-disk=imagenet -- \
            --config=configs/imagenet_tpu.py --workdir=gs://BUCKET/r50 --config.dataset.data_dir=data
 EOF
 }
