@@ -34,6 +34,13 @@ def test_the_paper_scale_is_the_published_recipe():
   assert reproduce.TABLES['cifar10'].paper['svm']['full softmax'] == 0.754
 
 
+def test_the_proximal_table_has_a_constant_normalizer():
+  z = lambda table, scale: reproduce.configure(
+      table, scale, list(reproduce.TABLES[table].rows)[-1], 0).loss.normalizer
+  assert (z('proximal', 'small'), z('proximal', 'paper')) == ('100000', 'first_batch')
+  assert z('noise_count', 'small') == 'ema'
+
+
 def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
   run = lambda knn: {'knn': knn, 'svm': knn - 0.1, 'loss': 5.0, 'seconds': 60.0, 'steps': 9,
                      'untrained': 0.2, 'pixels': 0.3}
