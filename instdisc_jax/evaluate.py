@@ -282,8 +282,8 @@ def show(protocol, results, console):
       if r['features'] not in best or r['top1'] > best[r['features']]['top1']:
         best[r['features']] = r
     results = [{k: v for k, v in r.items() if k != 'per_class'} | {
-        'best of the grid': f'{best[r["features"]]["top1"]:.4g} (K = {{}}, τ = {{}})'.format(
-            *settings(best[r['features']]))} for r in results if settings(r) == settings(own)]
+        'best (K, τ)': f'{best[r["features"]]["top1"]:.4g} {settings(best[r["features"]])}'}
+               for r in results if settings(r) == settings(own)]
   table = rich_table.Table(title=title)
   for key in results[0]:
     table.add_column(key.replace('_', ' '), justify='left' if key == 'features' else 'right')

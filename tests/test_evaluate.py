@@ -168,7 +168,7 @@ def test_the_command_writes_a_line_for_each_result(workdir, capsys):
   assert {line['protocol'] for line in lines} == {'knn', 'geometry'}
   assert all(line['dataset'] == 'digits' and line['step'] == 12 for line in lines)
   out = capsys.readouterr().out
-  assert "knn, at the run's own K and τ" in out and 'best of the grid' in out
+  assert "knn, at the run's own K and τ" in out and 'best (K, τ)' in out
   assert 'effective rank' in out
 
 
