@@ -198,6 +198,7 @@ class TestTfds:
 
   @pytest.mark.slow
   def test_processes_with_disks_of_their_own_agree_on_what_is_read(self, prepared, tmp_path):
+    data.load(_config('tfds:tiny', data_dir=str(prepared[0])), seed=0)  # which prepares it
     program = tmp_path / 'program.py'
     program.write_text(
         'import sys\n'
