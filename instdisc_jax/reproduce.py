@@ -28,6 +28,7 @@ from instdisc_jax import config as config_lib
 from instdisc_jax import main as main_lib
 from instdisc_jax.evaluation import few_label, report
 
+_SVM_FILE = 'svm.json'
 _NCE = {'loss.name': 'nce'}
 _LOSSES = {
     'parametric softmax': {'loss.name': 'parametric_softmax'},
@@ -110,7 +111,6 @@ def _paper():
   return config, 3
 
 
-_SVM_FILE = 'svm.json'
 SCALES = {'smoke': _smoke, 'small': _small, 'paper': _paper}
 
 

@@ -71,8 +71,9 @@ state() {  # of the TPU; nothing where there is none, UNKNOWN where the cloud do
   echo UNKNOWN
 }
 
-there() {  # STATE
-  [[ $1 == ACTIVE || $1 == READY ]]
+taken() {  # whether the TPU is surely not there any more; sets now to its state
+  now=$(state)
+  [[ $now != ACTIVE && $now != READY && $now != UNKNOWN ]]
 }
 
 make() {
@@ -112,7 +113,7 @@ create() {
   local now made='' agreed='' silent=0 what="make 1 TPU $type${spot:+, spot,} named $name in $zone"
   while :; do
     now=$(state)
-    if there "$now"; then
+    if [[ $now == ACTIVE || $now == READY ]]; then
       echo "$name is there"
       return
     fi
@@ -156,12 +157,8 @@ setup() {
   fi
 }
 
-check_run() {
-  ((${#arguments[@]})) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
-}
-
 run() {
-  check_run
+  ((${#arguments[@]})) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
   on_hosts all "$(quoted bash on_host.sh start "${arguments[@]}")"
 }
 
@@ -182,10 +179,9 @@ delete() {
   delete_now
 }
 
-watch() {  # sets ended to the exit code of the run on the first host, or to nothing: the TPU is gone
-  ended='' polls=0
+watch() {  # sets ended to the exit code of the run on the first host, or leaves it: the TPU is gone
   local now
-  while now=$(state) && there "${now/UNKNOWN/ACTIVE}"; do
+  until taken; do
     ended=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 \
       '--command=bash on_host.sh code' 2>/dev/null)
     [[ -n $ended ]] && return
@@ -197,8 +193,7 @@ watch() {  # sets ended to the exit code of the run on the first host, or to not
 still_there() {  # two minutes after something failed, for the cloud may be slow to say it took the TPU
   local now i
   for ((i = 0; i < 5; i++)); do
-    now=$(state)
-    if ! there "${now/UNKNOWN/ACTIVE}"; then
+    if taken; then
       echo "$name is ${now:-gone}: it is made again, and the run goes on"
       return 1
     fi
