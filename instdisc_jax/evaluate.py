@@ -206,9 +206,9 @@ def fine_tune(sets):
   Of streamed pictures the central views are what is cropped from.
   """
   model = sets.model
-  pictures = [np.concatenate([np.stack(views) for views in model.views_of(source)])
-              for source in (sets.train_pictures, sets.test_pictures)]
-  blank = np.zeros((1, *train.view_size(model.config, pictures[0].shape[1:]), 3), np.float32)
+  read_train, read_test = (functools.partial(model.views_at, source)
+                           for source in (sets.train_pictures, sets.test_pictures))
+  blank = np.zeros((1, *train.view_size(model.config, read_train([0]).shape[1:]), 3), np.float32)
   init = jax.jit(functools.partial(model.encoder.init, train=False))
 
   def random(seed):
@@ -216,8 +216,8 @@ def fine_tune(sets):
     return variables['params'], variables.get('batch_stats', {})
 
   yield from few_label.measure(
-      model.encoder, {'trained': lambda _: model.variables, 'random': random}, pictures[0],
-      sets.train_labels, pictures[1], sets.test_labels, num_classes=sets.num_classes,
+      model.encoder, {'trained': lambda _: model.variables, 'random': random}, read_train,
+      sets.train_labels, read_test, sets.test_labels, num_classes=sets.num_classes,
       config=model.config)
 
 

@@ -1,5 +1,6 @@
 """A trained workdir as an object: embeddings, neighbours and classes of any pictures."""
 
+from concurrent import futures
 import functools
 import os
 import pathlib
@@ -151,6 +152,17 @@ class Model:
         yield views
     finally:
       chunks.close()
+
+  def views_at(self, source, rows):
+    """[b, H, W, 3] uint8 of the pictures at `rows` [b]; raises `errors.UserError`, see `embed`."""
+    over = map if isinstance(source.files, np.ndarray) else self._readers.map
+    views = list(over(lambda i: _read_view(i, source, self._side), rows))
+    _check_one_size(views, self._side, [source.name(i) for i in rows])
+    return np.stack(views)
+
+  @functools.cached_property
+  def _readers(self):
+    return futures.ThreadPoolExecutor(os.cpu_count())
 
   def neighbors(self, images, k=20):
     """The rows of the bank nearest to each picture.

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ def test_the_interval_is_scipy_s():
 def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
   monkeypatch.setattr(few_label, 'SHARES', (0.25,))
   monkeypatch.setattr(few_label, 'SEEDS', (0, 1))
-  monkeypatch.setattr(few_label, '_STEPS', 40)
+  monkeypatch.setattr(few_label, '_LEAST_STEPS', 10)
+  monkeypatch.setattr(few_label, '_EPOCHS', 170)
   config = small_config()
   config.augment.update(hue=0.0, grayscale=0.0)
   random = np.random.default_rng(0)
@@ -41,12 +44,23 @@ def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
   encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
   variables = encoder.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
   starts = {'random': lambda _: (variables['params'], variables['batch_stats'])}
-  result, = few_label.measure(encoder, starts, images[:60], labels[:60], images[60:], labels[60:],
+  batches = []
+
+  def read_train(rows):
+    batches.append(rows)
+    return images[rows]
+
+  measure = functools.partial(few_label.measure, encoder, starts, read_train,
+                              read_test=images[60:].__getitem__, test_labels=labels[60:],
                               num_classes=2, config=config)
+  result, = measure(train_labels=labels[:60])
+  steps = -(-170 * result['images'] // 64)
+  drawn = [rows for rows in batches if len(rows) == 64]
+  assert len(drawn) == 2 * steps  # of two seeds
+  assert [sorted({*np.concatenate(part)}) for part in (drawn[:steps], drawn[steps:])] == [
+      few_label.choose(labels[:60], 0.25, seed).tolist() for seed in (0, 1)]
   assert result['labels'] == 0.25 and result['images'] in (14, 16)
   assert result['start'] == 'random' and result['top1'] > 0.85
-  assert result['interval'] >= 0
-  shuffled, = few_label.measure(encoder, starts, images[:60], random.permutation(labels[:60]),
-                                images[60:], labels[60:], num_classes=2, config=config)
+  shuffled, = measure(train_labels=random.permutation(labels[:60]))
   assert shuffled['top1'] < 0.85
   assert not any(x.is_deleted() for x in jax.tree.leaves(variables))  # the step donates a copy

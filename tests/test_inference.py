@@ -60,6 +60,8 @@ def test_paths_and_arrays_of_any_size_where_a_view_has_one(trained_folder):
   pngs = [path for path in paths if path.suffix == '.png']
   arrays = [np.asarray(Image.open(path)) for path in pngs]
   np.testing.assert_allclose(model.embed(arrays), model.embed(pngs), atol=1e-6)
+  np.testing.assert_allclose(model.embed(model.views_at(model.dataset.test, [3, 1, 3])),
+                             expected[[3, 1, 3]], atol=1e-6)
   assert model.class_names == ('greenless', 'redless')
   similarity, row = model.neighbors(paths, 5)
   assert similarity.shape == row.shape == (8, 5)
