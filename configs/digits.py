@@ -28,4 +28,5 @@ def get_config():
                         mean=(0.2, 0.2, 0.2), std=(0.3, 0.3, 0.3))  # gray pictures
   config.knn.neighbors = 20
   config.knn.every_epochs = 5
+  config.checkpoint.every_steps = 200
   return config
