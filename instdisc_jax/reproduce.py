@@ -20,7 +20,7 @@ import shutil
 import sys
 
 import jax
-from matplotlib import pyplot as plt
+from matplotlib import figure as figure_lib
 import numpy as np
 
 from instdisc_jax import __version__, checkpoint, errors, evaluate, files, inference, preemption
@@ -236,8 +236,9 @@ def write(output, name, scale, results, failed, about_data):
 
 def plot(table, results, title):
   """A figure: our means with their intervals and seeds, and the paper's values."""
-  figure, grid = plt.subplots(1, len(table.paper), squeeze=False, layout='constrained',
-                              figsize=(1.5 + 5.5 * len(table.paper), 1.2 + 0.45 * len(results)))
+  figure = figure_lib.Figure(layout='constrained', figsize=(
+      1.5 + 5.5 * len(table.paper), 1.2 + 0.45 * len(results)))
+  grid = figure.subplots(1, len(table.paper), squeeze=False)
   place = np.arange(len(results))
   for axes, (measure, known) in zip(grid[0], table.paper.items()):
     for y, by_seed in enumerate(results.values()):

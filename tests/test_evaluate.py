@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -232,6 +234,16 @@ def test_a_class_name_that_looks_like_a_formula_or_is_no_text_is_drawn(tmp_path)
   report.save_picture(report.confusion(np.array([[3, 1], [0, 2]]), names, 'folder:$x_$y'),
                       tmp_path / 'confusion.png')
   assert (tmp_path / 'confusion.png').stat().st_size > 5_000
+  figure = report.confusion(np.array([[3, 1], [0, 2]]), names, 'folder:$x_$y')
+  names_drawn = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+  assert names_drawn == [r'\$5_\$10', 'caf?']
+
+
+def test_matplotlib_is_left_as_a_notebook_has_set_it():
+  code = ('import sys, matplotlib; before = dict(matplotlib.rcParams); '
+          'from instdisc_jax import inference, reproduce; '
+          'sys.exit(dict(matplotlib.rcParams) != before)')
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
 def test_the_stages_names_are_those_the_encoders_show(sets):

@@ -8,7 +8,8 @@ import warnings
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import matplotlib
+from matplotlib import figure as figure_lib
+from matplotlib import patches
 import numpy as np
 from rich import table as rich_table
 
@@ -16,10 +17,6 @@ from instdisc_jax import distributed, files, train
 from instdisc_jax import metrics as metrics_lib
 from instdisc_jax.data import decode, resident, stream
 from instdisc_jax.evaluation import features, knn
-
-matplotlib.use('Agg')
-matplotlib.rcParams['text.parse_math'] = False  # a class may be called $5_$10
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 
 SUMMARY = 'summary.json'
 _PICTURED = 12  # queries in neighbors.png
@@ -226,7 +223,8 @@ def show(summary, workdir, console):
 
 def curves(lines, summary, batch_size):
   """A figure of loss and kNN top-1 over epochs."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
+  figure = figure_lib.Figure(figsize=(10, 3.6), layout='constrained')
+  left, right = figure.subplots(1, 2)
   epochs_per_step = batch_size / summary['num_rows']
   epoch = lambda key: [line['step'] * epochs_per_step for line in lines
                        if line.get(key) is not None]
@@ -244,7 +242,7 @@ def curves(lines, summary, batch_size):
       right.axhline(summary[key], color='black', ls=style, lw=1,
                     label=f'{title}: {summary[key]:.3f}')
   right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1),
-            title=f'kNN, {printable(summary["dataset"])}')
+            title=f'kNN, {_drawn(summary["dataset"])}')
   if summary['knn_top1'] is not None:
     right.legend(fontsize=8, loc='lower right')
   else:
@@ -259,12 +257,13 @@ def neighbors(evaluator, dataset, row):
   """A figure of a dozen queries beside their nearest training pictures, right and wrong marked."""
   queries = np.linspace(0, len(row) - 1, min(_PICTURED, len(row))).astype(int)
   shown = min(_SHOWN, row.shape[1])
-  name = lambda label: (printable(dataset.class_names[label])[:12] if dataset.class_names
+  name = lambda label: (_drawn(dataset.class_names[label][:12]) if dataset.class_names
                         else str(label))
   height = 1.25  # of a line, whose pictures are 1 by 1
   # One pair of axes for all: matplotlib needs seconds for one a picture.
-  figure, axes = plt.subplots(layout='constrained', figsize=(
+  figure = figure_lib.Figure(layout='constrained', figsize=(
       0.85 * 1.08 * (shown + 1), 0.85 * height * len(queries) + 0.3))
+  axes = figure.subplots()
   for line, query in enumerate(queries):
     pictures = [evaluator.picture(evaluator.queries, query),
                 *(evaluator.picture(dataset.train, i) for i in row[query, :shown])]
@@ -282,11 +281,11 @@ def neighbors(evaluator, dataset, row):
       color = 'black' if i == 0 else '#2ca02c' if same else '#d62728'
       mark = '' if i == 0 else '✓ ' if same else '✗ '
       axes.text(x, top - 0.04, mark + name(label), fontsize=7, color=color, ha='center')
-      axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, color=color,
-                                   linewidth=1 if i == 0 else 2))
+      axes.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False,
+                                       color=color, linewidth=1 if i == 0 else 2))
   axes.set(xlim=(-0.54, 1.08 * shown + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
   axes.axis('off')
-  figure.suptitle('query, and its nearest training images', x=0, ha='left', fontsize=9)
+  figure.suptitle('query, and its nearest training images', x=0.01, ha='left', fontsize=9)
   return figure
 
 
@@ -299,14 +298,15 @@ def confusion(counts, class_names, dataset):
     dataset: the name of the data set.
   """
   named = len(class_names) <= _NAMED
-  figure, axes = plt.subplots(figsize=(8, 7), layout='constrained')
+  figure = figure_lib.Figure(figsize=(8, 7), layout='constrained')
+  axes = figure.subplots()
   share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
   drawn = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
   figure.colorbar(drawn, label='share of the class')
   axes.set(xlabel='predicted', ylabel='true',
-           title=f'{printable(dataset)}: top-1 {np.trace(counts) / counts.sum():.3f}')
+           title=f'{_drawn(dataset)}: top-1 {np.trace(counts) / counts.sum():.3f}')
   if named:
-    names = [printable(name)[:12] for name in class_names]
+    names = [_drawn(name[:12]) for name in class_names]
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     for i, j in zip(*np.nonzero(counts)):
@@ -320,13 +320,17 @@ def printable(name):
   return name.encode('utf8', 'replace').decode('utf8')
 
 
+def _drawn(name):
+  """A name for matplotlib, which would read what stands between two dollars as mathematics."""
+  return printable(name).replace('$', r'\$')
+
+
 def save_picture(figure, path):
-  """Writes a figure as PNG and closes it."""
+  """Writes a figure as PNG."""
   png = io.BytesIO()
   with warnings.catch_warnings():  # class names in letters that no font here has: boxes
     warnings.filterwarnings('ignore', message='Glyph .* missing')
     figure.savefig(png, dpi=110)
-  plt.close(figure)
   files.write(path, png.getvalue())
 
 
