@@ -24,6 +24,9 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 from instdisc_jax import config as config_lib  # noqa: E402  (after the number of devices is set)
 from instdisc_jax import main  # noqa: E402
+from instdisc_jax.evaluation import report  # noqa: E402
+
+report._PICTURED = 2  # queries in neighbors.png: a dozen take seconds to draw
 
 
 def small_config():

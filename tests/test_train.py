@@ -81,6 +81,7 @@ def test_20_steps_are_the_same_on_1_2_4_and_8_devices_in_float64(float64_runs):
     np.testing.assert_allclose(other_bank, bank, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_20_steps_are_the_same_on_1_2_4_and_8_devices_in_float32(float32_runs):
   (history, bank), *others = float32_runs
   for other_history, other_bank in others:
