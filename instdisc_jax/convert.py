@@ -518,7 +518,7 @@ def export(workdir, file, with_head=False):
     else:
       with _needs('PyTorch'):
         import torch
-      torch.save({key: torch.from_numpy(x) for key, x in state_dict.items()}, partial)
+      torch.save({key: torch.tensor(x) for key, x in state_dict.items()}, partial)
     os.replace(partial, file)
   except (OSError, RuntimeError) as e:
     partial.unlink(missing_ok=True)
