@@ -7,31 +7,32 @@ usage() {
 usage: launch/gke.sh COMMAND --name=NAME [OPTIONS] [-- ARGUMENTS]
 
 Commands
-  run      start a JobSet of one process per host:  python -m instdisc_jax.main ... ARGUMENTS
-           a JobSet of that name that is there already is left alone
+  run      create a JobSet with one process per host: python -m instdisc_jax.main ... ARGUMENTS
+           does nothing if a JobSet of that name exists
   tail     follow the output of the first host
-  status   what Kubernetes says of it
+  status   show the state of the JobSet and its pods
   delete   stop the run, which saves first, and delete the JobSet; the nodes stay
 
 Options of run
-  --image=IMAGE           a container image with instdisc_jax, its configs, and JAX for the hardware
-  --tpu=ACCELERATOR       e.g. tpu-v5-lite-podslice; with
-  --topology=TOPOLOGY     e.g. 4x4
-  --gpu=ACCELERATOR       in place of the two, e.g. nvidia-h100-80gb
-  --chips=N               chips or GPUs of a host (default: 4 TPU chips, 8 GPUs)
-  --hosts=N               nodes of the pool (default: those of the topology; of GPUs 1)
-  --bucket=BUCKET         a bucket to read the data from, which is mounted at /bucket
-  --service-account=NAME  of Kubernetes, which may read and write the buckets (default: default)
-  --restarts=N            how often it starts again after a failure or a preemption (default 100); a
-                          mistake in ARGUMENTS (exit code 2) ends it at once
+  --image=IMAGE           container image with instdisc_jax, its configs, and JAX for the hardware
+  --tpu=ACCELERATOR       TPU type, e.g. tpu-v5-lite-podslice; needs --topology
+  --topology=TOPOLOGY     TPU topology, e.g. 4x4
+  --gpu=ACCELERATOR       GPU type, e.g. nvidia-h100-80gb; replaces --tpu and --topology
+  --chips=N               chips or GPUs per host (default: 4 TPU chips, 8 GPUs)
+  --hosts=N               number of hosts (default: as many as the topology has; 1 for GPUs)
+  --bucket=BUCKET         bucket to read the data from, mounted at /bucket; the cluster needs
+                          Cloud Storage FUSE
+  --service-account=NAME  Kubernetes service account with read and write access to the buckets
+                          (default: default)
+  --restarts=N            restarts allowed after failures and preemptions (default: 100); a mistake in
+                          ARGUMENTS (exit code 2) ends the run at once
 
 Options
-  --namespace=NAMESPACE   of Kubernetes (default: kubectl's own)
+  --namespace=NAMESPACE   Kubernetes namespace (default: kubectl's own)
   --yes                   do not ask before starting or deleting
   --dry-run               show every command and the JobSet, run nothing
 
-A pod that is taken away takes its disk along, so the workdir must be in a bucket. Cloud Storage FUSE
-must be enabled in the cluster for --bucket.
+A preempted pod loses its disk, so the workdir must be in a bucket.
 
 Example: launch/gke.sh run --name=r18 --image=IMAGE --tpu=tpu-v5-lite-podslice --topology=4x4 \
            --bucket=BUCKET --service-account=trainer -- --config=configs/imagenet.py:resnet18 \
@@ -43,29 +44,27 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-number() {  # NAME VALUE SMALLEST
-  if [[ ! $2 =~ ^(0|[1-9][0-9]*)$ ]] || (($2 < $3)); then
-    fail "$1 is '$2', must be a number from $3 up: set $1=N"
-  fi
+json() {  # WORD: as a JSON string, which YAML reads too
+  local word=${1//\\/\\\\}
+  word=${word//\"/\\\"}
+  echo "\"${word//$'\n'/\\n}\""
 }
 
-json() {  # WORD...: a list, as YAML and JSON have it
+json_list() {  # WORDS...: as a JSON list of strings
   local word list=''
   for word in "$@"; do
-    word=${word//\\/\\\\}
-    word=${word//\"/\\\"}
-    list+="${list:+, }\"${word//$'\n'/\\n}\""
+    list+="${list:+, }$(json "$word")"
   done
   echo "[$list]"
 }
 
-shape() {  # sets chips and hosts, from the hardware
+set_shape() {  # sets chips and hosts from the hardware, where they are not given
   local all
   if [[ -n $gpu ]]; then
     : "${chips:=8}" "${hosts:=1}"
   else
     [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
-      fail "--topology is '$topology', must be numbers with x between: set --topology, e.g. 4x4"
+      fail "--topology is '$topology', must be integers joined by 'x': set --topology, e.g. 4x4"
     all=$((${topology//x/*}))
     : "${chips:=$((all < 4 ? all : 4))}"
     number --chips "$chips" 1
@@ -74,11 +73,11 @@ shape() {  # sets chips and hosts, from the hardware
   number --chips "$chips" 1
   number --hosts "$hosts" 1
   [[ -n $gpu ]] || ((hosts * chips == all)) ||
-    fail "--topology=$topology has $all chips, and $hosts host(s) of $chips have $((hosts * chips)): \
-set --hosts or --chips"
+    fail "--topology=$topology has $all chips, but $hosts host(s) with $chips chips each have \
+$((hosts * chips)): set --hosts or --chips"
 }
 
-jobset() {  # the filled-in jobset.yaml
+jobset() {  # prints jobset.yaml, filled in
   local resource=google.com/tpu selector command text annotations='{}' volume mount
   selector="{cloud.google.com/gke-tpu-accelerator: $tpu, cloud.google.com/gke-tpu-topology: $topology}"
   if [[ -n $gpu ]]; then
@@ -89,21 +88,21 @@ jobset() {  # the filled-in jobset.yaml
   if [[ -n $bucket ]]; then
     annotations='{gke-gcsfuse/volumes: "true"}'
     volume+=", {name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, \
-volumeAttributes: {bucketName: $(quoted "$bucket"), mountOptions: implicit-dirs}}}"
+volumeAttributes: {bucketName: $(json "$bucket"), mountOptions: implicit-dirs}}}"
     mount+=', {name: bucket, mountPath: /bucket, readOnly: true}'
   fi
-  # Kubernetes fills in $(...), but not $$(...); the first host has the number 0 and a name of its own.
-  command=$(json python -m instdisc_jax.main "--coordinator=$name-host-0-0.$name:8476" \
+  # Kubernetes expands $(...) but not $$(...). The first host has index 0 and a stable name.
+  command=$(json_list python -m instdisc_jax.main "--coordinator=$name-host-0-0.$name:8476" \
     "--num_processes=$hosts" "--process_id=\$(JOB_COMPLETION_INDEX)" "${arguments[@]//\$(/\$\$(}")
   text=$(<"$here/jobset.yaml")
-  text=${text//@NAME@/"$(quoted "$name")"}
+  text=${text//@NAME@/"$(json "$name")"}
   text=${text//@RESTARTS@/"$restarts"}
   text=${text//@HOSTS@/"$hosts"}
   text=${text//@SELECTOR@/"$selector"}
   text=${text//@RESOURCE@/"$resource"}
   text=${text//@CHIPS@/"$chips"}
-  text=${text//@IMAGE@/"$(quoted "$image")"}
-  text=${text//@SERVICE_ACCOUNT@/"$(quoted "$service_account")"}
+  text=${text//@IMAGE@/"$(json "$image")"}
+  text=${text//@SERVICE_ACCOUNT@/"$(json "$service_account")"}
   text=${text//@ANNOTATIONS@/"$annotations"}
   text=${text//@VOLUMES@/"[$volume]"}
   text=${text//@MOUNTS@/"[$mount]"}
@@ -111,76 +110,44 @@ volumeAttributes: {bucketName: $(quoted "$bucket"), mountOptions: implicit-dirs}
   printf '%s\n' "$text"
 }
 
-quoted() {  # WORD: as YAML and JSON have it
-  local list
-  list=$(json "$1")
-  list=${list#[}
-  echo "${list%]}"
-}
-
 run() {
   [[ -n $image ]] || fail "no image: set --image=IMAGE"
   [[ -n $tpu || -n $gpu ]] || fail "no hardware: set --tpu=ACCELERATOR and --topology, or --gpu"
-  [[ -z $tpu || -z $gpu ]] || fail "--tpu=$tpu and --gpu=$gpu, must be one of them: leave one out"
-  [[ -z $tpu || -n $topology ]] || fail "no topology of the TPU: set --topology=TOPOLOGY, e.g. 4x4"
-  shape
+  [[ -z $tpu || -z $gpu ]] || fail "--tpu=$tpu and --gpu=$gpu must not both be set: remove one"
+  [[ -z $tpu || -n $topology ]] || fail "no TPU topology: set --topology=TOPOLOGY, e.g. 4x4"
+  set_shape
   number --restarts "$restarts" 0
-  ((${#arguments[@]})) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
-  [[ " ${arguments[*]} " == *' --workdir'[=\ ]'gs://'* ]] ||
-    fail "a pod that is taken away takes its disk along: set --workdir=gs://BUCKET/FOLDER after --"
+  need_arguments main
+  need_bucket pod
   if [[ -z $dry_run ]] && "${kubectl[@]}" get jobset "$name" >/dev/null 2>&1; then
-    echo "$name is there already: see launch/gke.sh status --name=$name"
+    echo "$name already exists: see launch/gke.sh status --name=$name"
     return
   fi
-  confirm "start $name on $hosts host(s) of $chips ${gpu:-$tpu $topology}"
-  show_and "${kubectl[@]}" apply -f - < <(jobset)
+  confirm "start $name on $hosts host(s) with $chips chip(s) each (${gpu:-$tpu $topology})"
+  show_or_run "${kubectl[@]}" apply -f - < <(jobset)
   [[ -z $dry_run ]] || jobset
 }
 
-(($#)) || fail "no command, must be run, tail, status or delete: see --help"
-command=$1
-shift
-name='' image='' hosts='' tpu='' topology='' gpu='' chips='' bucket='' service_account=default
-restarts=100 yes='' dry_run='' kubectl=(kubectl) arguments=()
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --image=*) image=${1#*=} ;;
-    --hosts=*) hosts=${1#*=} ;;
-    --tpu=*) tpu=${1#*=} ;;
-    --topology=*) topology=${1#*=} ;;
-    --gpu=*) gpu=${1#*=} ;;
-    --chips=*) chips=${1#*=} ;;
-    --restarts=*) restarts=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
-    --service-account=*) service_account=${1#*=} ;;
-    --namespace=*) kubectl+=("$1") ;;
-    --yes) yes=1 ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; arguments=("$@"); break ;;
-    *) fail "unknown argument '$1': see --help" ;;
-  esac
-  shift
-done
-case $command in
-  --help | -h) usage; exit 0 ;;
-  run | tail | status | delete) ;;
-  *) fail "unknown command '$command', must be run, tail, status or delete: see --help" ;;
-esac
+commands=(run tail status delete)
+options=(--name= --image= --tpu= --topology= --gpu= --chips= --hosts= --bucket= --service-account=
+  --restarts= --namespace= --yes --dry-run)
+name='' image='' tpu='' topology='' gpu='' chips='' hosts='' bucket='' service_account=default
+restarts=100 namespace='' yes='' dry_run=''
+parse_command "$@"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-  fail "name is '$name', must be lower-case letters, digits and '-', up to 40: set --name=NAME"
-[[ -n $dry_run ]] || command -v kubectl >/dev/null ||
-  fail "no 'kubectl' on the PATH: install it, and get the cluster's credentials"
+  fail "name is '$name', must be lower-case letters, digits and '-', at most 40: set --name=NAME"
+need_tool kubectl "install it, and get credentials for the cluster"
+kubectl=(kubectl)
+[[ -z $namespace ]] || kubectl+=("--namespace=$namespace")
 
 case $command in
   run) run ;;
-  tail) show_and "${kubectl[@]}" logs --follow --tail=50 --container=train \
+  tail) show_or_run "${kubectl[@]}" logs --follow --tail=50 --container=train \
     "--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" ;;
   status)
-    show_and "${kubectl[@]}" get jobset "$name"
-    show_and "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" ;;
+    show_or_run "${kubectl[@]}" get jobset "$name"
+    show_or_run "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" ;;
   delete)
     confirm "stop $name and delete its JobSet"
-    show_and "${kubectl[@]}" delete jobset "$name" ;;
+    show_or_run "${kubectl[@]}" delete jobset "$name" ;;
 esac

@@ -1,59 +1,48 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine, as a cluster does with several machines.
+# Runs one command with several processes on this machine, as on a cluster of several machines.
 set -u
 
 usage() {
   cat <<'EOF'
-usage: launch/local.sh [--processes=P] [--devices=D] [--heartbeat=SECONDS] [--dry-run] -- ARGUMENTS
+usage: launch/local.sh [OPTIONS] -- ARGUMENTS
 
-Starts P processes (default 2) of D virtual CPU devices each (default 1) as one run of
+Starts P processes with D virtual CPU devices each, as one run of
 
-    python -m instdisc_jax.main ARGUMENTS
+    python -m instdisc_jax.COMMAND ARGUMENTS
 
 e.g. launch/local.sh --processes=2 --devices=4 -- --config=configs/digits.py --workdir=runs/two
 
-The output of process 0 is shown. If one dies the others are ended, and a line says which one it was,
-with the end of its output. On SIGTERM or Ctrl-C the run saves and stops.
-The exit code is that of the first process that did not end well.
+Shows the output of process 0. If a process dies, ends the others and shows which one died, with the
+last lines of its output. SIGTERM or Ctrl-C stops all processes; a training run saves first.
+Exits with the code of the first process that failed.
 
-  --processes=P        number of processes
-  --devices=D          virtual CPU devices of each; 0: whatever JAX shows
-  --heartbeat=SECONDS  how long a process may be silent (default 100)
-  --dry-run            show the commands, start nothing
+Options
+  --command=COMMAND    main, embed or evaluate (default: main)
+  --processes=P        number of processes (default: 2)
+  --devices=D          virtual CPU devices per process (default: 1); 0: the devices that JAX finds
+  --heartbeat=SECONDS  how long a process may be silent (default: 100)
+  --dry-run            show the commands, run nothing
 
-PYTHON names the interpreter (default: .venv/bin/python if it is there, else python3).
+PYTHON sets the interpreter (default: .venv/bin/python if it exists, else python3).
 EOF
 }
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-number() {  # NAME VALUE SMALLEST
-  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then
-    fail "$1 is '$2', must be a number from $3 up: set $1=N"
-  fi
-}
-
-processes=2 devices=1 heartbeat=100 dry_run=
-while (($#)); do
-  case $1 in
-    --processes=*) processes=${1#*=} ;;
-    --devices=*) devices=${1#*=} ;;
-    --heartbeat=*) heartbeat=${1#*=} ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; break ;;
-    *) fail "unknown argument '$1': see --help" ;;
-  esac
-  shift
+commands=(main embed evaluate)
+options=(--command= --processes= --devices= --heartbeat= --dry-run)
+command=main processes=2 devices=1 heartbeat=100 dry_run=''
+parse "$@"
+listed "$command" "${commands[@]}" ||
+  fail "--command is '$command', must be $(either "${commands[@]}"): set --command"
+for option in processes devices heartbeat; do  # without leading zeros, which mean octal to bash
+  [[ ! ${!option} =~ ^[0-9]+$ ]] || printf -v "$option" %s "$((10#${!option}))"
 done
 number --processes "$processes" 1
 number --devices "$devices" 0
 number --heartbeat "$heartbeat" 1
-processes=$((10#$processes)) devices=$((10#$devices)) heartbeat=$((10#$heartbeat))
-(($#)) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
+need_arguments "$command"
 
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
@@ -68,27 +57,26 @@ settings=(env)
 [[ -n $dry_run ]] || logs=$(mktemp -d)
 pids=()
 
-start() {  # PROCESS ARGUMENTS...
-  local id=$1
-  shift
-  local command=("${settings[@]}" "$PYTHON" -m instdisc_jax.main "$@"
-    "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$id"
+start() {  # ID: starts that process
+  local words=("${settings[@]}" "$PYTHON" -m "instdisc_jax.$command" "${arguments[@]}"
+    "--coordinator=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$1"
     "--heartbeat_seconds=$heartbeat")
   if [[ -n $dry_run ]]; then
-    printf '%q ' "${command[@]}" && echo
-  elif ((id)); then
-    "${command[@]}" >"$logs/process$id.log" 2>&1 &
+    show "${words[@]}"
+    return
+  elif (($1)); then
+    "${words[@]}" >"$logs/process$1.log" 2>&1 &
   else
-    "${command[@]}" &
+    "${words[@]}" &
   fi
-  [[ -n $dry_run ]] || pids[id]=$!
+  pids[$1]=$!
 }
 
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap : INT  # the terminal has sent it to all of them
+trap : INT  # the terminal sends it to every process
 
 for ((id = 0; id < processes; id++)); do
-  start "$id" "$@"
+  start "$id"
 done
 [[ -n $dry_run ]] && exit 0
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh runs on each host of a TPU, in its home folder.
+# launch/tpu_vm.sh runs this on each host of a TPU, in the home folder.
 #
-#   on_host.sh install SOURCE     into ~/instdisc, with a Python of its own; not under a run
-#   on_host.sh data gs://...      copied into ~/data; what is there already is not copied again
-#   on_host.sh mount              the data disk, at ~/data, to read
-#   on_host.sh start ARGUMENTS    python -m instdisc_jax.main --distributed ARGUMENTS, in the background
-#   on_host.sh code               its exit code; nothing while it runs, "gone" if it left none
-#   on_host.sh stop               SIGTERM: it saves and stops; waits for that
+#   on_host.sh install SOURCE     install into ~/instdisc with its own Python, unless a run is active
+#   on_host.sh data gs://...      copy into ~/data, except what is already there
+#   on_host.sh mount              mount the data disk read-only at ~/data
+#   on_host.sh start ARGUMENTS    start python -m instdisc_jax.main --distributed ARGUMENTS in the
+#                                 background, unless a run is active
+#   on_host.sh code               print the exit code: nothing during the run, "gone" if it left none
+#   on_host.sh stop               send SIGTERM, and wait until the run has saved and stopped
 set -u
 cd || exit
 verb=$1
 shift
-export PIP_BREAK_SYSTEM_PACKAGES=1  # uv is all that is put beside the system's own
+export PIP_BREAK_SYSTEM_PACKAGES=1  # only for uv: everything else goes into ~/instdisc
 
 running() {
   [[ -f run.pid ]] && grep -qs instdisc_jax "/proc/$(<run.pid)/cmdline"
@@ -20,10 +21,10 @@ running() {
 case $verb in
   install)
     if running; then
-      echo "it runs: nothing is installed under it"
+      echo "a run is active: nothing installed"
       exit
     fi
-    # The images' Python is older than JAX wants.
+    # The Python of TPU VM images is too old for JAX.
     python3 -m pip install --quiet --user --upgrade uv &&
       python3 -m uv venv --quiet --allow-existing --python '>=3.11,<3.14' instdisc &&
       python3 -m uv pip install --quiet --upgrade --python instdisc/bin/python "${JAX:-jax[tpu]}" \
@@ -39,7 +40,7 @@ case $verb in
     exit 1 ;;
   start)
     if running; then
-      echo "it runs already"
+      echo "already running"
       exit
     fi
     rm -f run.code run.stopping
@@ -48,9 +49,9 @@ case $verb in
       instdisc/bin/python -m instdisc_jax.main --distributed "$@" >run.log 2>&1 </dev/null &
     echo $! >run.pid ;;
   code)
-    running || cat run.code 2>/dev/null || echo gone ;;  # the host was restarted
+    running || cat run.code 2>/dev/null || echo gone ;;  # no code: the host was restarted
   stop)
-    if running && [[ ! -f run.stopping ]]; then  # a second signal would end it without saving
+    if running && [[ ! -f run.stopping ]]; then  # a second signal would stop it without saving
       touch run.stopping
       pkill -TERM -P "$(<run.pid)"
     fi
@@ -58,6 +59,6 @@ case $verb in
       running || exit 0
       sleep 0.5
     done
-    echo "failed: it has not stopped in 5 minutes" >&2
+    echo "failed: the run has not stopped within 5 minutes" >&2
     exit 1 ;;
 esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, a single host or a slice of a pod: from making it to deleting it.
+# Trains on a Cloud TPU VM, a single host or a pod slice, and creates, sets up and deletes it.
 set -u
 
 usage() {
@@ -7,31 +7,31 @@ usage() {
 usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 
 Commands
-  create   ask for the TPU and wait until it is there; one that was taken away is deleted first
-  setup    install instdisc_jax on all of its hosts, and bring the data there
-  run      start on all hosts:  python -m instdisc_jax.main --distributed ARGUMENTS
-  tail     follow the output of the first host; Ctrl-C leaves the run alone
-  stop     stop the run on all hosts, and wait until it has saved
+  create   request the TPU and wait until it is ready; a preempted one is deleted first
+  setup    install instdisc_jax and copy or mount the data on all hosts
+  run      start on all hosts: python -m instdisc_jax.main --distributed ARGUMENTS
+  tail     follow the output of the first host; Ctrl-C does not stop the run
+  stop     stop the run on all hosts and wait until it has saved
   delete   delete the TPU
-  all      create, setup and run, and wait. A TPU that was taken away is made again, a run that failed is
-           started again up to three times, and goes on from its checkpoints, which must be in a bucket:
-           -- ... --workdir=gs://BUCKET/FOLDER
+  all      create, setup and run, then wait for the run to end. A preempted TPU is recreated, and
+           a failing run is tried up to three times. The run resumes from its checkpoints, which must be
+           in a bucket: -- ... --workdir=gs://BUCKET/FOLDER
 
 Options
-  --name=NAME          of the TPU
+  --name=NAME          name of the TPU
   --zone=ZONE          e.g. us-west4-a
-  --type=TYPE          of the TPU, e.g. v5litepod-8 (one host) or v5litepod-64 (a slice)
-  --runtime=VERSION    of its software (default: the one for its type)
-  --project=PROJECT    (default: gcloud's own)
+  --type=TYPE          TPU type, e.g. v5litepod-8 (one host) or v5litepod-64 (a slice)
+  --runtime=VERSION    TPU software version (default: the one for the type)
+  --project=PROJECT    Google Cloud project (default: gcloud's own)
   --source=ADDRESS     what pip installs on the hosts: git+https://..., gs://.../x.whl or a name
   --configs=FOLDER     copied to the hosts (default: configs)
-  --data=gs://...      a folder of a bucket, copied to ~/data on each host, whose disk has 100 GB in all
-  --data-disk=DISK     in its place, for larger sets: a disk of that zone with the data, mounted at ~/data
-                       on each host, to read
-  --spot               a spot TPU: cheaper, and may be taken away
-  --direct             create without the queue of queued resources
-  --yes                do not ask before making or deleting something that costs money
-  --dry-run            show every command, run none
+  --data=gs://...      folder in a bucket, copied to ~/data on each host; the host's disk holds 100 GB
+  --data-disk=DISK     for larger data sets, instead of --data: a disk in the same zone, mounted
+                       read-only at ~/data on each host
+  --spot               request a spot TPU: cheaper, but may be preempted
+  --direct             create the TPU without a queued resource
+  --yes                do not ask before creating or deleting anything that costs money
+  --dry-run            show every command, run nothing
 
 Example: launch/tpu_vm.sh all --name=r50 --project=PROJECT --zone=us-west4-a --spot \
            --type=v5litepod-64 --source=git+https://ADDRESS --data-disk=imagenet -- \
@@ -43,13 +43,13 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-on_hosts() {  # WORKERS COMMAND: in a shell of each of those hosts
-  show_and gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
+on_hosts() {  # WORKERS COMMAND: runs COMMAND in a shell on each of WORKERS
+  show_or_run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-quoted() {  # WORD...: as one line that a shell reads back as these words
+quoted() {  # WORDS...: as a command line for on_hosts
   local line
-  printf -v line '%q ' "$@"
+  line=$(show "$@")
   echo "${line% }"
 }
 
@@ -62,36 +62,37 @@ describe() {
   fi
 }
 
-state() {  # of the TPU; nothing where there is none, UNKNOWN where the cloud does not answer
-  local told
+state() {  # prints the TPU's state: nothing if it does not exist, UNKNOWN if the cloud does not answer
+  local message
   describe 2>/dev/null && return
-  told=$(describe 2>&1 >/dev/null)
-  [[ $told == *NOT_FOUND* || $told == *'not found'* ]] && return
-  echo "$told" >&2
+  message=$(describe 2>&1 >/dev/null)
+  [[ $message == *NOT_FOUND* || $message == *'not found'* ]] && return
+  echo "$message" >&2
   echo UNKNOWN
 }
 
-taken() {  # whether the TPU is surely not there any more; sets now to its state
+lost() {  # whether the TPU is certainly no longer available; sets now to its state
   now=$(state)
   [[ $now != ACTIVE && $now != READY && $now != UNKNOWN ]]
 }
 
-make() {
+create_now() {
   local words=(gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${where[@]}"
     "--accelerator-type=$type" "--runtime-version=$runtime")
   [[ -n $direct ]] && words=(gcloud compute tpus tpu-vm create "$name" "${where[@]}"
     "--accelerator-type=$type" "--version=$runtime")
   [[ -n $spot ]] && words+=(--spot)
   [[ -n $data_disk ]] && words+=("--data-disk=source=$data_disk,mode=read-only")
-  show_and "${words[@]}"
+  show_or_run "${words[@]}"
 }
 
 check_create() {
-  [[ -n $type ]] || fail "no type of TPU: set --type=TYPE, e.g. --type=v5litepod-8"
-  [[ -z $data || -z $data_disk ]] || fail "--data=$data and --data-disk=$data_disk, must be one: leave one out"
-  [[ $data_disk != *,* ]] || fail "--data-disk is '$data_disk', must be the name of a disk: set --data-disk"
+  [[ -n $type ]] || fail "no TPU type: set --type=TYPE, e.g. --type=v5litepod-8"
+  [[ -z $data || -z $data_disk ]] ||
+    fail "--data=$data and --data-disk=$data_disk must not both be set: remove one"
+  [[ $data_disk != *,* ]] || fail "--data-disk is '$data_disk', must be a disk name: set --data-disk"
   if [[ -n $data_disk && $data_disk != */* ]]; then
-    [[ -n $project ]] || fail "a disk is named with its project: set --project=PROJECT"
+    [[ -n $project ]] || fail "no project for --data-disk=$data_disk: set --project=PROJECT"
     data_disk=projects/$project/zones/$zone/disks/$data_disk
   fi
   [[ -z $runtime ]] || return
@@ -100,40 +101,41 @@ check_create() {
     v5p*) runtime=v2-alpha-tpuv5 ;;
     v6e*) runtime=v2-alpha-tpuv6e ;;
     v[234]-*) runtime=tpu-ubuntu2204-base ;;
-    *) fail "no runtime is known for --type=$type: set --runtime=VERSION" ;;
+    *) fail "no known runtime for --type=$type: set --runtime=VERSION" ;;
   esac
 }
 
 create() {
   check_create
   if [[ -n $dry_run ]]; then
-    make
+    create_now
     return
   fi
-  local now made='' agreed='' silent=0 what="make 1 TPU $type${spot:+, spot,} named $name in $zone"
+  local now created='' confirmed='' silent=0
+  local action="create 1 TPU $type${spot:+ (spot)} named $name in $zone"
   while :; do
     now=$(state)
     if [[ $now == ACTIVE || $now == READY ]]; then
-      echo "$name is there"
+      echo "$name is ready"
       return
     fi
     [[ $now == UNKNOWN ]] || silent=0
-    if [[ $now == STOPPED || ($now == FAILED && -n $made) ]]; then
-      echo "failed: $name is $now: see why with gcloud compute tpus, and delete it" >&2
+    if [[ $now == STOPPED || ($now == FAILED && -n $created) ]]; then
+      echo "failed: $name is $now: find out why with gcloud compute tpus, then delete it" >&2
       return 1
     fi
     case $now in
       '')
-        [[ -z $made ]] || { echo "failed: $name is gone: run the same command again" >&2; return 1; }
-        [[ -n $agreed ]] || confirm "$what"
-        make || return
-        made=1 ;;
+        [[ -z $created ]] || { echo "failed: $name is gone: run the same command again" >&2; return 1; }
+        [[ -n $confirmed ]] || confirm "$action"
+        create_now || return
+        created=1 ;;
       FAILED | SUSPENDED | PREEMPTED | TERMINATED)
-        [[ -n $agreed ]] || confirm "delete $name, which is $now, and $what"
-        agreed=1 made=
+        [[ -n $confirmed ]] || confirm "delete $name, which is $now, and $action"
+        confirmed=1 created=
         delete_now || return ;;
       UNKNOWN)
-        ((++silent < 10)) || { echo "failed: gcloud does not tell of $name" >&2; return 1; } ;;
+        ((++silent < 10)) || { echo "failed: no answer from gcloud about $name" >&2; return 1; } ;;
       *) echo "$name is $now: waiting" ;;
     esac
     sleep "$poll"
@@ -148,7 +150,7 @@ check_setup() {
 
 setup() {
   check_setup
-  show_and gcloud compute tpus tpu-vm scp --recurse "$configs" "$here/on_host.sh" "$name:" \
+  show_or_run gcloud compute tpus tpu-vm scp --recurse "$configs" "$here/on_host.sh" "$name:" \
     "${where[@]}" --worker=all && on_hosts all "$(quoted bash on_host.sh install "$source")" || return
   if [[ -n $data_disk ]]; then
     on_hosts all 'bash on_host.sh mount'
@@ -158,7 +160,7 @@ setup() {
 }
 
 run() {
-  ((${#arguments[@]})) || fail "no arguments for instdisc_jax.main: put them after --, see --help"
+  need_arguments main
   on_hosts all "$(quoted bash on_host.sh start "${arguments[@]}")"
 }
 
@@ -168,20 +170,20 @@ stop() {
 
 delete_now() {
   if [[ -n $direct ]]; then
-    show_and gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
+    show_or_run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
   else
-    show_and gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+    show_or_run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
   fi
 }
 
 delete() {
-  confirm "delete 1 TPU${type:+ $type}, $name in $zone"
+  confirm "delete 1 TPU${type:+ $type} named $name in $zone"
   delete_now
 }
 
-watch() {  # sets ended to the exit code of the run on the first host, or leaves it: the TPU is gone
+watch() {  # sets ended to the exit code of the run on the first host, or leaves it if the TPU is lost
   local now
-  until taken; do
+  until lost; do
     ended=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 \
       '--command=bash on_host.sh code' 2>/dev/null)
     [[ -n $ended ]] && return
@@ -190,11 +192,11 @@ watch() {  # sets ended to the exit code of the run on the first host, or leaves
   done
 }
 
-still_there() {  # two minutes after something failed, for the cloud may be slow to say it took the TPU
+still_there() {  # checks for two minutes, as the cloud may be slow to report a preemption
   local now i
   for ((i = 0; i < 5; i++)); do
-    if taken; then
-      echo "$name is ${now:-gone}: it is made again, and the run goes on"
+    if lost; then
+      echo "$name is ${now:-gone}: recreating it and resuming the run"
       return 1
     fi
     ((i == 4)) || sleep "$poll"
@@ -202,27 +204,26 @@ still_there() {  # two minutes after something failed, for the cloud may be slow
 }
 
 all() {
-  [[ " ${arguments[*]-} " == *' --workdir'[=\ ]'gs://'* ]] ||
-    fail "a TPU that is taken away takes its disk along: set --workdir=gs://BUCKET/FOLDER after --"
+  need_bucket TPU
   check_create
   check_setup
   if [[ -n $dry_run ]]; then
     create && setup && run
-    echo "# then, until the run has ended: state every $poll s; taken away, all of it again"
+    echo "# then, until the run ends: check the state every $poll s, and start over after a preemption"
     return
   fi
   local ended polls failures=0
   while :; do
     create || return
-    yes=1  # it was agreed to once
+    yes=1  # ask only once
     ended='' polls=0
     setup && run && watch
-    [[ $ended == 0 || $ended == 2 ]] && break  # well, or a mistake in what was asked for
+    [[ $ended == 0 || $ended == 2 ]] && break  # success, or a mistake in the arguments
     still_there || continue
-    [[ $ended == 75 ]] && break  # somebody stopped it
+    [[ $ended == 75 ]] && break  # stopped by the user
     ((polls > 20)) && failures=0
     ((++failures < 3)) || break
-    echo "the run failed${ended:+ with code $ended}: it is started again"
+    echo "the run failed${ended:+ with exit code $ended}: restarting it"
     stop
   done
   on_hosts 0 'tail -n 20 run.log'
@@ -230,42 +231,15 @@ all() {
   return "$ended"
 }
 
-(($#)) || fail "no command, must be create, setup, run, tail, stop, delete or all: see --help"
-command=$1
-shift
+commands=(create setup run tail stop delete all)
+options=(--name= --zone= --type= --runtime= --project= --source= --configs= --data= --data-disk=
+  --spot --direct --yes --dry-run)
 name='' zone='' type='' runtime='' project='' source='' configs=configs data='' data_disk=''
-spot='' direct='' yes='' dry_run='' arguments=() poll=${POLL_SECONDS:-30}
-while (($#)); do
-  case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
-    --runtime=*) runtime=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --source=*) source=${1#*=} ;;
-    --configs=*) configs=${1#*=} ;;
-    --data=*) data=${1#*=} ;;
-    --data-disk=*) data_disk=${1#*=} ;;
-    --spot) spot=1 ;;
-    --direct) direct=1 ;;
-    --yes) yes=1 ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h) usage; exit 0 ;;
-    --) shift; arguments=("$@"); break ;;
-    *) fail "unknown argument '$1': see --help" ;;
-  esac
-  shift
-done
-case $command in
-  --help | -h) usage; exit 0 ;;
-  create | setup | run | tail | stop | delete | all) ;;
-  *) fail "unknown command '$command', must be create, setup, run, tail, stop, delete or all: see \
---help" ;;
-esac
+spot='' direct='' yes='' dry_run='' poll=${POLL_SECONDS:-30}
+parse_command "$@"
 [[ -n $name ]] || fail "no name: set --name=NAME"
 [[ -n $zone ]] || fail "no zone: set --zone=ZONE, e.g. --zone=us-west4-a"
-[[ -n $dry_run ]] || command -v gcloud >/dev/null ||
-  fail "no 'gcloud' on the PATH: install the Google Cloud SDK"
+need_tool gcloud "install the Google Cloud CLI"
 where=("--zone=$zone")
 [[ -n $project ]] && where+=("--project=$project")
 

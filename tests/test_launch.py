@@ -1,8 +1,9 @@
-"""The launch scripts, with stand-ins for the clouds' commands on the PATH."""
+"""The launch scripts, with stand-ins for the cloud commands on the PATH."""
 
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 
-# Notes its arguments (and what it is given to read) as a line of calls.json, then does as bid.
+# Appends its arguments (and its input) to calls.json as a line, then answers as bids.json says.
 STAND_IN = '''#!{python} -IS
 import json, os, pathlib, sys
 here = pathlib.Path(os.environ['STAND_IN'])
@@ -23,7 +24,7 @@ with (here / 'calls.json').open('a') as file:
   file.write(json.dumps([name, *arguments, *([given] if given else [])]) + '\\n')
 for i, (words, answer, code) in enumerate(bids := json.loads((here / 'bids.json').read_text())):
   if all(word in ' '.join([name, *arguments]) for word in words.split()):
-    if len(answer) > 1:  # the last answer stays
+    if len(answer) > 1:  # the last answer is repeated
       bids[i][1] = answer[1:]
       (here / 'bids.json').write_text(json.dumps(bids))
     print(answer[0], end='')
@@ -35,7 +36,7 @@ for i, (words, answer, code) in enumerate(bids := json.loads((here / 'bids.json'
 def cloud(tmp_path, monkeypatch):
   """(script, arguments, bids) -> (exit code, stdout, stderr, calls).
 
-  A bid is [words of the call, answers, exit code]. Nothing else that is installed is on the PATH.
+  A bid is [words of the call, answers, exit code]. No other installed command is on the PATH.
   """
   (tmp_path / 'bin').mkdir()
   for name in ('bash', 'cat', 'dirname', 'sleep'):
@@ -124,7 +125,7 @@ def test_each_type_of_tpu_gets_its_runtime(cloud, type_, runtime):
 
 
 def verbs(calls):
-  """What was done: the commands of gcloud, or what a host was asked, without the descriptions."""
+  """The actions: commands of gcloud and commands sent to a host, without the state queries."""
   return [' '.join(call[3:5]) if 'ssh' not in call else call[-1].partition('on_host.sh ')[2]
           for call in calls if 'describe' not in call]
 
@@ -137,25 +138,25 @@ ALL = ['all', *TPU, '--type=v5litepod-64', '--spot', '--yes', *RUN]
 
 @pytest.mark.parametrize('states', [
     ['SUSPENDED', 'SUSPENDED', 'SUSPENDED'],
-    ['SUSPENDING', 'SUSPENDING', 'SUSPENDING', 'SUSPENDED'],  # the cloud takes its time
+    ['SUSPENDING', 'SUSPENDING', 'SUSPENDING', 'SUSPENDED'],  # the cloud is slow
     ['DELETING', 'DELETING', 'DELETING']])
-def test_a_tpu_that_was_taken_away_is_made_again_and_the_run_goes_on(cloud, states):
+def test_a_preempted_tpu_is_recreated_and_the_run_resumes(cloud, states):
   code, shown, _, calls = cloud('tpu_vm.sh', *ALL, bids=[
       [DESCRIBE, ['', 'PROVISIONING', 'ACTIVE', 'ACTIVE', *states, '', 'ACTIVE'], 0],
       ['ssh code', ['', '0'], 0]])
-  assert code == 0 and f'r18 is {states[0]}: it is made again, and the run goes on' in shown
+  assert code == 0 and f'r18 is {states[0]}: recreating it and resuming the run' in shown
   kept = [verb for verb in verbs(calls) if verb != 'code']
   deleted = ['queued-resources delete'] * (states[-1] == 'SUSPENDED')
   assert kept == [*ONCE[:-1], *deleted, *ONCE[:-1], '']
   assert calls[-1][-1] == '--command=tail -n 20 run.log'
 
 
-def test_a_tpu_taken_away_while_it_is_set_up_or_before_the_cloud_says_so_is_made_again(cloud):
-  code, _, _, calls = cloud('tpu_vm.sh', *ALL, bids=[  # the installation fails, then it is gone
+def test_a_tpu_preempted_during_setup_or_before_the_cloud_reports_it_is_recreated(cloud):
+  code, _, _, calls = cloud('tpu_vm.sh', *ALL, bids=[  # installing fails, then the TPU is lost
       [DESCRIBE, ['', 'ACTIVE', 'ACTIVE', 'SUSPENDED', 'SUSPENDED', '', 'ACTIVE'], 0],
       ['ssh install', ['', ''], 1], ['ssh code', ['0'], 0]])
   assert code == 1 and verbs(calls).count('queued-resources create') == 2
-  # Its host saved and stopped; then it is gone.
+  # The host saves and stops, then the TPU is lost.
   code, _, _, calls = cloud('tpu_vm.sh', *ALL, bids=[
       [DESCRIBE, [*['ACTIVE'] * 4, 'SUSPENDED', 'SUSPENDED', '', 'ACTIVE'], 0],
       ['ssh code', ['75', '0'], 0]])
@@ -164,45 +165,45 @@ def test_a_tpu_taken_away_while_it_is_set_up_or_before_the_cloud_says_so_is_made
 
 
 @pytest.mark.parametrize('codes, times, ended', [
-    (['0'], 1, 0), (['2'], 1, 2), (['75'], 1, 75),  # done; a mistake; somebody stopped it
+    (['0'], 1, 0), (['2'], 1, 2), (['75'], 1, 75),  # success; a mistake; stopped by the user
     (['1', '0'], 2, 0), (['gone', '0'], 2, 0), (['1'], 3, 1), (['gone'], 3, 1)])
-def test_a_run_that_failed_is_started_again_up_to_three_times(cloud, codes, times, ended):
+def test_a_failing_run_is_tried_up_to_three_times(cloud, codes, times, ended):
   code, _, _, calls = cloud('tpu_vm.sh', 'all', *TPU, '--type=v5litepod-8', *RUN, bids=[
       [DESCRIBE, ['ACTIVE'], 0], ['ssh code', codes, 0]])
   once = [*SET_UP, 'code', 'stop']
   assert (code, verbs(calls)) == (ended, [*(once * times)[:-1], ''])
 
 
-def test_a_cloud_that_does_not_answer_is_not_a_tpu_that_is_gone(cloud):
+def test_a_cloud_that_does_not_answer_does_not_mean_that_the_tpu_is_gone(cloud):
   code, _, told, calls = cloud('tpu_vm.sh', 'create', *TPU, '--type=v5litepod-8', '--yes', bids=[
       [DESCRIBE, [''], 1]])
-  assert code == 1 and told.endswith('failed: gcloud does not tell of r18\n')
+  assert code == 1 and told.endswith('failed: no answer from gcloud about r18\n')
   assert not verbs(calls)
 
 
 @pytest.mark.parametrize('arguments, words', [
     (['--name=r18', '--zone=z', '--type=v5litepod-8'], 'nothing to install: set --source'),
     ([*TPU, '--type=v5litepod-8', '--data=bucket'], "--data is 'bucket', must be gs://"),
-    (TPU, 'no type of TPU: set --type=TYPE')])
-def test_all_finds_mistakes_before_it_makes_anything(cloud, arguments, words):
+    (TPU, 'no TPU type: set --type=TYPE')])
+def test_all_finds_mistakes_before_it_creates_anything(cloud, arguments, words):
   code, _, told, calls = cloud('tpu_vm.sh', 'all', *arguments, '--yes', *RUN)
   assert code == 2 and words in told and not calls
 
 
-def test_nothing_that_costs_money_is_made_or_deleted_without_a_yes(cloud):
+def test_nothing_that_costs_money_is_created_or_deleted_without_confirmation(cloud):
   for command in ('create', 'delete'):
     code, _, told, calls = cloud('tpu_vm.sh', command, *TPU, '--type=v5litepod-8')
     assert code == 2 and 'set --yes' in told and told.count('\n') == 1
     assert all('describe' in call for call in calls)
   code, _, told, calls = cloud('tpu_vm.sh', 'create', *TPU, '--type=v5litepod-8', bids=[
       [DESCRIBE, ['SUSPENDED'], 0]])
-  assert code == 2 and 'delete r18, which is SUSPENDED, and make 1 TPU v5litepod-8 named' in told
+  assert code == 2 and 'delete r18, which is SUSPENDED, and create 1 TPU v5litepod-8 named' in told
   assert not verbs(calls)
   code, _, told, calls = cloud('gke.sh', 'delete', '--name=r18')
   assert code == 2 and 'set --yes' in told and not calls
 
 
-def test_on_a_host_the_run_starts_once_saves_when_stopped_and_tells_its_code(tmp_path, monkeypatch):
+def test_on_a_host_a_run_starts_once_saves_when_stopped_and_reports_its_code(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   python = tmp_path / 'instdisc' / 'bin' / 'python'
   python.parent.mkdir(parents=True)
@@ -221,16 +222,16 @@ def test_on_a_host_the_run_starts_once_saves_when_stopped_and_tells_its_code(tmp
 
   assert on_host('start', '--workdir=a b') == ''
   wait_for('|--workdir=a b|', log.read_text)
-  assert on_host('start', '--workdir=c') == 'it runs already\n'
-  assert on_host('install', 'x') == 'it runs: nothing is installed under it\n'
+  assert on_host('start', '--workdir=c') == 'already running\n'
+  assert on_host('install', 'x') == 'a run is active: nothing installed\n'
   assert on_host('code') == ''
   stops = [subprocess.Popen(['bash', LAUNCH / 'on_host.sh', 'stop']) for _ in range(2)]
-  assert [stop.wait(60) for stop in stops] == [0, 0]  # a second one waits, too, and sends nothing
+  assert [stop.wait(60) for stop in stops] == [0, 0]  # the second also waits, and sends no signal
   assert on_host('code') == '75\n'
   assert log.read_text() == '-m|instdisc_jax.main|--distributed|--workdir=a b|saved\n'
   assert on_host('stop') == ''
   (tmp_path / 'run.code').unlink()
-  (tmp_path / 'run.pid').write_text(str(os.getpid()))  # a number that is another's now
+  (tmp_path / 'run.pid').write_text(str(os.getpid()))  # the ID of another process
   assert on_host('code') == 'gone\n'
 
 
@@ -269,8 +270,8 @@ def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips
   assert {m['name']: m['mountPath'] for m in container['volumeMounts']} == {
       'shm': '/dev/shm', 'bucket': '/bucket'}
   assert pod['serviceAccountName'] == 's'
-  code, shown, _, calls = cloud('gke.sh', *arguments)  # kubectl finds it now
-  assert code == 0 and 'is there already' in shown and len(calls) == 1
+  code, shown, _, calls = cloud('gke.sh', *arguments)  # kubectl finds it
+  assert code == 0 and 'r18 already exists' in shown and len(calls) == 1
   code, shown, _, calls = cloud('gke.sh', *arguments[:arguments.index('--')], '--dry-run',
                                 *arguments[arguments.index('--'):])
   first, _, rest = shown.partition('\n')
@@ -283,7 +284,7 @@ SRUN = ['srun', '--kill-on-bad-exit=0', '--gpu-bind=none', 'python', '-m', 'inst
         '--distributed', '--config=c.py', '--workdir=/a b']
 
 
-def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monkeypatch):
+def test_slurm_starts_a_process_per_gpu_and_requeues_a_stopped_run(cloud, monkeypatch):
   code, shown, _, calls = cloud('slurm.sbatch', '--dry-run', *SRUN[-2:])
   assert code == 0 and shlex.split(shown) == SRUN and not calls
   monkeypatch.setenv('SLURM_JOB_ID', '17')
@@ -297,14 +298,29 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
     assert code == ended and calls == [srun, *later]
 
 
+@pytest.mark.parametrize('command', ['main', 'embed', 'evaluate'])
+def test_a_local_dry_run_shows_the_processes_of_the_command(cloud, monkeypatch, command):
+  monkeypatch.setenv('PYTHON', sys.executable)
+  chosen = [f'--command={command}'] * (command != 'main')  # the default
+  code, shown, told, _ = cloud('local.sh', *chosen, '--processes=02', '--devices=4',
+                               '--heartbeat=9', '--dry-run', '--', '--workdir=a b')
+  first, second = (shlex.split(line) for line in shown.splitlines())
+  coordinator = first[-4]
+  assert code == 0 and not told and re.fullmatch(r'--coordinator=127.0.0.1:\d+', coordinator)
+  for i, words in enumerate((first, second)):
+    assert words == ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', sys.executable, '-m',
+                     f'instdisc_jax.{command}', '--workdir=a b', coordinator, '--num_processes=2',
+                     f'--process_id={i}', '--heartbeat_seconds=9']
+
+
 @pytest.mark.parametrize('script, arguments, words', [
     ('tpu_vm.sh', [], 'no command, must be create, setup,'),
     ('tpu_vm.sh', ['start', *TPU], "unknown command 'start', must be create, setup,"),
     ('tpu_vm.sh', ['create', '--zone=z'], 'no name: set --name=NAME'),
     ('tpu_vm.sh', ['create', '--name=n'], 'no zone: set --zone=ZONE'),
-    ('tpu_vm.sh', ['create', *TPU], 'no type of TPU: set --type=TYPE'),
+    ('tpu_vm.sh', ['create', *TPU], 'no TPU type: set --type=TYPE'),
     ('tpu_vm.sh', ['create', *TPU, '--size=8'], "unknown argument '--size=8': see --help"),
-    ('tpu_vm.sh', ['create', *TPU, '--type=v9-8'], 'no runtime is known for --type=v9-8'),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v9-8'], 'no known runtime for --type=v9-8'),
     ('tpu_vm.sh', ['create', *TPU, '--type=v4-8', '--data-disk=d'], 'set --project=PROJECT'),
     ('tpu_vm.sh', ['setup', '--name=n', '--zone=z'], 'nothing to install: set --source=ADDRESS'),
     ('tpu_vm.sh', ['setup', *TPU, '--configs=none'], "no folder 'none': set --configs"),
@@ -314,16 +330,24 @@ def test_slurm_starts_a_process_a_gpu_and_requeues_what_was_stopped(cloud, monke
     ('gke.sh', ['run', '--name=R18'], "name is 'R18', must be lower-case letters"),
     ('gke.sh', ['run', '--name=r18'], 'no image: set --image=IMAGE'),
     ('gke.sh', GKE, 'no hardware: set --tpu=ACCELERATOR and --topology, or --gpu'),
-    ('gke.sh', [*GKE, '--tpu=t'], 'no topology of the TPU: set --topology=TOPOLOGY'),
-    ('gke.sh', [*GKE, '--gpu=g', '--hosts=0', '--', 'a'], "--hosts is '0', must be a number"),
-    ('gke.sh', [*GKE, '--tpu=t', '--topology=4'], "--topology is '4', must be numbers with x"),
+    ('gke.sh', [*GKE, '--tpu=t'], 'no TPU topology: set --topology=TOPOLOGY'),
+    ('gke.sh', [*GKE, '--gpu=g', '--hosts=0', '--', 'a'], "--hosts is '0', must be an integer"),
+    ('gke.sh', [*GKE, '--tpu=t', '--topology=4'], "--topology is '4', must be integers joined"),
     ('gke.sh', [*GKE, '--tpu=t', '--topology=2x4'],
-     '--topology=2x4 has 8 chips, and 4 host(s) of 4 have 16: set --hosts or --chips'),
+     '--topology=2x4 has 8 chips, but 4 host(s) with 4 chips each have 16: set --hosts or --chips'),
     ('gke.sh', [*GKE, '--gpu=g', '--', '--workdir=/runs'], 'set --workdir=gs://BUCKET/FOLDER'),
     ('gke.sh', [*GKE, '--gpu=g'], 'no arguments for instdisc_jax.main: put them after --'),
     ('slurm.sbatch', [], 'no arguments for instdisc_jax.main'),
     ('slurm.sbatch', ['--config=c.py'], 'no workdir: set --workdir=DIR'),
-    ('slurm.sbatch', ['--workdir=/a'], 'this is no Slurm job: start it with sbatch')])
+    ('slurm.sbatch', ['--workdir=/a'], 'not in a Slurm job: start it with sbatch'),
+    ('local.sh', ['--devices=2'], 'no arguments for instdisc_jax.main: put them after --'),
+    ('local.sh', ['--command=embed'], 'no arguments for instdisc_jax.embed: put them after --'),
+    ('local.sh', ['--command=train', '--', 'a'],
+     "--command is 'train', must be main, embed or evaluate: set --command"),
+    ('local.sh', ['--heartbeat=00', '--', 'a'],
+     "--heartbeat is '0', must be an integer of at least 1: set --heartbeat=N"),
+    ('local.sh', ['--dry-run=1', '--', 'a'], "unknown argument '--dry-run=1': see --help"),
+    ('local.sh', ['--processes', '--', 'a'], "unknown argument '--processes': see --help")])
 def test_a_wrong_call_is_answered_with_one_line(cloud, script, arguments, words):
   code, shown, told, calls = cloud(script, *arguments)
   assert (code, shown, calls) == (2, '', [])
