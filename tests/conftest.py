@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, and small trained runs that many tests look at."""
+"""Eight virtual CPU devices for every test, and small trained runs that many tests share."""
 
 import atexit
 import fcntl
@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 
-# What one test or worker has compiled the others load.
+# What one test or worker has compiled, the others load.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='instdisc-tests-')
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
-# The tests' pictures are tiny: most of their time would go into optimising the programs.
+# The tests' images are tiny: most of their time would go into optimizing the programs.
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 
 import jax  # noqa: E402  (after the flags are set)
@@ -23,10 +23,10 @@ import pytest  # noqa: E402
 jax.config.update('jax_num_cpu_devices', 8)
 
 from instdisc_jax import config as config_lib  # noqa: E402  (after the number of devices is set)
-from instdisc_jax import main  # noqa: E402
-from instdisc_jax.evaluation import report  # noqa: E402
+from instdisc_jax import experiment  # noqa: E402
+from instdisc_jax.evaluation import figures  # noqa: E402
 
-report._PICTURED = 2  # queries in neighbors.png: a dozen take seconds to draw
+figures.QUERIES = 2  # a dozen take a second to draw, in every run
 
 
 def small_config():
@@ -61,17 +61,17 @@ def _once(tmp_path_factory, name, make):
 def trained(tmp_path_factory):
   """(workdir, summary, config) of the small run, trained on one device."""
   config = small_config()
-  make = lambda folder: main.run(config, folder, jax.devices()[:1])
+  make = lambda folder: experiment.run(config, folder, jax.devices()[:1])
   workdir = _once(tmp_path_factory, 'trained', make)
   return workdir, json.loads((workdir / 'summary.json').read_text()), config
 
 
-def write_pictures(folder):
-  """40 pictures of 2 classes, of several sizes and formats."""
+def write_images(folder):
+  """40 images of 2 classes, of several sizes and formats."""
   random = np.random.default_rng(0)
   for i in range(40):
     coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    coarse[..., i % 2] = 0  # each class lacks a colour
+    coarse[..., i % 2] = 0  # each class lacks a color
     size = (40 + i, 60 - i // 2)
     path = folder / ('greenless' if i % 2 else 'redless') / f'{i:02}.{"jpg" if i % 3 else "png"}'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,7 @@ def write_pictures(folder):
 
 
 def folder_config(folder):
+  """The small run on a folder of images, a fifth of them held out."""
   config = small_config()
   config.dataset.update(name=f'folder:{folder}', limit=None, validation='0.2', workers=0)
   config.augment.update(size=24, grayscale_first=True, flip=0.5)
@@ -89,8 +90,8 @@ def folder_config(folder):
 
 @pytest.fixture(scope='session')
 def trained_folder(tmp_path_factory):
-  """(folder, workdir, summary) of a run of 12 steps on 32 pictures, 8 held out."""
-  pictures = _once(tmp_path_factory, 'pictures', write_pictures)
-  make = lambda folder: main.run(folder_config(pictures), folder, jax.devices()[:1])
+  """(folder, workdir, summary) of a run of 12 steps on 32 images, 8 held out."""
+  images = _once(tmp_path_factory, 'images', write_images)
+  make = lambda folder: experiment.run(folder_config(images), folder, jax.devices()[:1])
   workdir = _once(tmp_path_factory, 'trained_folder', make)
-  return pictures, workdir, json.loads((workdir / 'summary.json').read_text())
+  return images, workdir, json.loads((workdir / 'summary.json').read_text())
