@@ -66,6 +66,14 @@ def trained(tmp_path_factory):
   return workdir, json.loads((workdir / 'summary.json').read_text()), config
 
 
+def smooth_images(count=4, height=32, width=32):
+  """Smooth color images with all values from dark to bright, as uint8."""
+  random = np.random.default_rng(0)
+  coarse = random.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+  return np.stack([np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC))
+                   for c in coarse])
+
+
 def write_images(folder):
   """40 images of 2 classes, of several sizes and formats."""
   random = np.random.default_rng(0)

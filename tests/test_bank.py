@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import train
+from instdisc_jax.runtime import mesh as mesh_lib
 from tests import twins
 
 
-def test_start_rows_are_uniform_within_the_published_bound():
+def test_initial_rows_are_uniform_within_the_published_bound():
   rows = np.asarray(bank_lib.init(jax.random.key(0), 20_000, 128))
   bound = (128 / 3) ** -0.5
   assert np.abs(rows).max() <= bound
@@ -21,7 +21,7 @@ def test_start_rows_are_uniform_within_the_published_bound():
   np.testing.assert_allclose((rows**4).mean() * 128**2, 9 / 5, atol=3 * error)
 
 
-def test_unit_start_rows_have_norm_one_and_no_preferred_direction():
+def test_initial_unit_rows_have_norm_one_and_no_preferred_direction():
   rows = np.asarray(bank_lib.init(jax.random.key(0), 5000, 8, unit=True))
   np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
   np.testing.assert_allclose(rows.mean(axis=0), 0, atol=5 / np.sqrt(5000 * 8))
@@ -41,9 +41,9 @@ def test_update_keeps_the_last_of_duplicates(momentum, num_devices):
   if num_devices is None:
     new = jax.jit(fn)(*arrays)
   else:
-    fn = jax.shard_map(functools.partial(fn, axis_name=train.AXIS), in_specs=P(train.AXIS),
-                       out_specs=P(train.AXIS), mesh=train.make_mesh(jax.devices()[:num_devices]))
-    new = jax.jit(fn)(train.pad_rows(arrays[0], num_devices), *arrays[1:])
+    fn = jax.shard_map(functools.partial(fn, axis_name=mesh_lib.AXIS), in_specs=P(mesh_lib.AXIS),
+                       out_specs=P(mesh_lib.AXIS), mesh=mesh_lib.make(jax.devices()[:num_devices]))
+    new = jax.jit(fn)(mesh_lib.pad_rows(arrays[0], num_devices), *arrays[1:])
     assert not np.any(new[29:])  # padding stays empty
   np.testing.assert_allclose(new[:29], expected, atol=1e-6)
   untouched = np.setdiff1d(np.arange(29), index)
@@ -57,7 +57,7 @@ def test_update_keeps_a_bfloat16_bank_in_bfloat16():
   np.testing.assert_allclose(new[1].astype(float), [0.894, 0.447], atol=4e-3)
 
 
-def test_a_zero_vector_normalises_to_zero_with_a_finite_gradient():
+def test_a_zero_vector_normalizes_to_zero_with_a_finite_gradient():
   grad = jax.grad(lambda x: bank_lib.normalize(x).sum())(jnp.zeros(3))
   assert np.all(np.isfinite(grad)) and not np.any(bank_lib.normalize(jnp.zeros(3)))
 
@@ -89,10 +89,10 @@ def test_noise_differs_between_images_steps_and_keys_and_repeats_otherwise():
 def test_noise_is_the_same_for_any_device_count(noise_count):
   index = jnp.arange(16) * 3
   def device(index):
-    index = bank_lib.gather(index, train.AXIS)
+    index = bank_lib.gather(index, mesh_lib.AXIS)
     return bank_lib.noise(jax.random.key(0), 2, index, noise_count, 101)
   draws = [np.asarray(jax.jit(jax.shard_map(
-      device, mesh=train.make_mesh(jax.devices()[:n]), in_specs=P(train.AXIS), out_specs=P(),
+      device, mesh=mesh_lib.make(jax.devices()[:n]), in_specs=P(mesh_lib.AXIS), out_specs=P(),
       check_vma=False))(index)) for n in (1, 2, 4, 8)]
   expected = bank_lib.noise(jax.random.key(0), 2, index, noise_count, 101)
   for draw in draws:

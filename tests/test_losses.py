@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from instdisc_jax import losses, train
+from instdisc_jax import losses
+from instdisc_jax.runtime import mesh as mesh_lib
 from tests import twins
 
 N, D, B = 203, 16, 16
@@ -16,7 +17,7 @@ TEMPERATURE, NORMALIZER = 0.1, 900.0
 def _inputs(num_noise, seed=0):
   random = np.random.default_rng(seed)
   features, bank = twins.unit_rows(random, B, D), twins.unit_rows(random, N, D)
-  bank *= random.uniform(0.8, 1.2, (N, 1))  # start rows are not of unit norm
+  bank *= random.uniform(0.8, 1.2, (N, 1))  # initial rows do not have unit norm
   index = random.integers(0, N, B)
   index[5] = index[2]  # the same image twice
   noise_index = random.integers(0, N, (B, num_noise))
@@ -36,7 +37,7 @@ CASES = {
 
 
 def _call(case, num_devices, dtype):
-  """Loss and gradient of the loss's mean, by the twin and by the product on so many devices."""
+  """Loss, and gradient of its mean: by the twin, and by the package on this many devices."""
   loss_fn, twin, num_noise, extra = CASES[case]
   *arrays, noise_index = _inputs(num_noise or 1)
   arrays += [noise_index] if num_noise else []
@@ -49,19 +50,19 @@ def _call(case, num_devices, dtype):
     fn = lambda f: (jnp.mean(loss := loss_fn(f, bank, index, *noise, **extra)), loss)
     (_, loss), grad = jax.value_and_grad(fn, has_aux=True)(features)
     return expected, loss, grad * B
-  mesh = train.make_mesh(jax.devices()[:num_devices])
+  mesh = mesh_lib.make(jax.devices()[:num_devices])
 
   def device(features, bank, index, *noise):
     def mean_loss(f):
-      loss = loss_fn(f, bank, index, *noise, axis_name=train.AXIS, num_rows=N, **extra)
-      return jax.lax.pmean(loss.mean(), train.AXIS), loss
+      loss = loss_fn(f, bank, index, *noise, axis_name=mesh_lib.AXIS, num_rows=N, **extra)
+      return jax.lax.pmean(loss.mean(), mesh_lib.AXIS), loss
     (_, loss), grad = jax.value_and_grad(mean_loss, has_aux=True)(features)
     return loss, grad
 
-  local, whole = P(train.AXIS), P()
+  local, replicated = P(mesh_lib.AXIS), P()
   mapped = jax.jit(jax.shard_map(device, mesh=mesh, out_specs=(local, local),
-                                 in_specs=(local, local, local) + (whole,) * len(noise)))
-  loss, grad = mapped(features, train.pad_rows(bank, num_devices), index, *noise)
+                                 in_specs=(local, local, local) + (replicated,) * len(noise)))
+  loss, grad = mapped(features, mesh_lib.pad_rows(bank, num_devices), index, *noise)
   return expected, loss, grad * B
 
 
@@ -107,9 +108,9 @@ def test_gradient_of_the_class_weights_equals_the_twin(num_devices, block_rows):
   with jax.enable_x64(True):
     arrays = [jnp.asarray(features), jnp.asarray(weights), jnp.asarray(index)]
     if num_devices:
-      mesh, local = train.make_mesh(jax.devices()[:num_devices]), P(train.AXIS)
-      arrays[1] = train.pad_rows(arrays[1], num_devices)
-      fn = jax.shard_map(functools.partial(fn, axis_name=train.AXIS, num_rows=N), mesh=mesh,
+      mesh, local = mesh_lib.make(jax.devices()[:num_devices]), P(mesh_lib.AXIS)
+      arrays[1] = mesh_lib.pad_rows(arrays[1], num_devices)
+      fn = jax.shard_map(functools.partial(fn, axis_name=mesh_lib.AXIS, num_rows=N), mesh=mesh,
                          in_specs=(local,) * 3, out_specs=local)
     gradient = np.asarray(jax.jit(fn)(*arrays))
     np.testing.assert_allclose(gradient[:N], expected, rtol=1e-10, atol=1e-13)
@@ -147,11 +148,11 @@ def test_normalizer_equals_the_twin(num_noise, num_devices):
   arrays = [jnp.asarray(x, jnp.float32) for x in (features, bank)] + [index, noise_index]
   fn = functools.partial(losses.estimate_normalizer, temperature=TEMPERATURE)
   if num_devices:
-    mesh = train.make_mesh(jax.devices()[:num_devices])
-    local = P(train.AXIS)
-    fn = jax.shard_map(functools.partial(fn, axis_name=train.AXIS, num_rows=N), mesh=mesh,
+    mesh = mesh_lib.make(jax.devices()[:num_devices])
+    local = P(mesh_lib.AXIS)
+    fn = jax.shard_map(functools.partial(fn, axis_name=mesh_lib.AXIS, num_rows=N), mesh=mesh,
                        in_specs=(local, local, local, P()), out_specs=P())
-    arrays[1] = train.pad_rows(arrays[1], num_devices)
+    arrays[1] = mesh_lib.pad_rows(arrays[1], num_devices)
   np.testing.assert_allclose(fn(*arrays), expected, rtol=1e-5)
 
 
@@ -181,12 +182,12 @@ def test_softmax_where_some_devices_hold_only_padding():
   random = np.random.default_rng(3)
   features, bank = twins.unit_rows(random, 8, D), twins.unit_rows(random, 5, D)  # 5 rows, 8 devices
   index = np.arange(8) % 5
-  local = P(train.AXIS)
+  local = P(mesh_lib.AXIS)
   fn = jax.shard_map(
-      functools.partial(losses.softmax_loss, temperature=TEMPERATURE, axis_name=train.AXIS,
+      functools.partial(losses.softmax_loss, temperature=TEMPERATURE, axis_name=mesh_lib.AXIS,
                         num_rows=5),
-      mesh=train.make_mesh(), in_specs=(local, local, local), out_specs=local)
-  loss = fn(features.astype('f4'), train.pad_rows(bank.astype('f4'), 8), index)
+      mesh=mesh_lib.make(), in_specs=(local, local, local), out_specs=local)
+  loss = fn(features.astype('f4'), mesh_lib.pad_rows(bank.astype('f4'), 8), index)
   np.testing.assert_allclose(loss, twins.softmax(features, bank, index, TEMPERATURE)[0], rtol=1e-5)
 
 
@@ -214,15 +215,15 @@ def test_shared_noise_equals_the_same_rows_given_to_each_image(loss_fn, extra, n
     if num_devices is None:
       fn = lambda f: loss_fn(f, bank, index, noise, temperature=TEMPERATURE, **extra)
       return fn(features), jax.grad(lambda f: fn(f).sum())(features)
-    kwargs = dict(temperature=TEMPERATURE, axis_name=train.AXIS, num_rows=N, **extra)
+    kwargs = dict(temperature=TEMPERATURE, axis_name=mesh_lib.AXIS, num_rows=N, **extra)
 
     def device(f, bank, index):
       fn = lambda f: loss_fn(f, bank, index, noise, **kwargs)
       return fn(f), jax.grad(lambda f: fn(f).sum())(f)
 
     return jax.jit(jax.shard_map(
-        device, mesh=train.make_mesh(), in_specs=(P(train.AXIS),) * 3,
-        out_specs=P(train.AXIS)))(features, train.pad_rows(bank, num_devices), index)
+        device, mesh=mesh_lib.make(), in_specs=(P(mesh_lib.AXIS),) * 3,
+        out_specs=P(mesh_lib.AXIS)))(features, mesh_lib.pad_rows(bank, num_devices), index)
 
   shared = noise_index[0]
   for found, expected in zip(call(shared), call(jnp.tile(shared, (B, 1)))):

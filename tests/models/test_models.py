@@ -1,13 +1,15 @@
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from instdisc_jax import models, train
+from instdisc_jax import models
 from instdisc_jax.models import conv, layers
+from instdisc_jax.runtime import mesh as mesh_lib
 
 
 def _shapes(name, size, **kwargs):
@@ -16,7 +18,7 @@ def _shapes(name, size, **kwargs):
   return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
 
 
-# torchvision's counts, less the head (and with 3x3 stems, and AlexNet's norms).
+# torchvision's counts without the head (and with 3x3 stems, and AlexNet's norms).
 @pytest.mark.parametrize('name, size, millions', [
     ('resnet18', 224, 11.177), ('resnet34', 224, 21.285), ('resnet50', 224, 23.508),
     ('resnet101', 224, 42.500), ('resnet18_cifar', 32, 11.169), ('resnet34_cifar', 32, 21.277),
@@ -91,7 +93,7 @@ class TestBatchNorm:
     params = {'scale': jnp.arange(1.0, 7), 'bias': jnp.arange(6.0)}
     return norm, {'params': params, 'batch_stats': variables['batch_stats']}
 
-  def test_train_mode_normalises_by_the_batch_and_keeps_the_unbiased_variance(self):
+  def test_train_mode_normalizes_by_the_batch_and_keeps_the_unbiased_variance(self):
     norm, variables = self._init(train=True)
     y, updated = norm.apply(variables, self.x, mutable=['batch_stats'])
     mean, var = self.x.mean((0, 1, 2)), self.x.var((0, 1, 2))
@@ -109,12 +111,12 @@ class TestBatchNorm:
     expected = (self.x - 2) / np.sqrt(4 + 1e-5) * np.arange(1, 7) + np.arange(6)
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
-  def test_synchronised_over_8_devices_equals_one_device(self):
+  def test_synchronized_over_8_devices_equals_one_device(self):
     alone, variables = self._init(train=True)
-    sync, _ = layers.BatchNorm(train=True, axis_name=train.AXIS), None
+    sync, _ = layers.BatchNorm(train=True, axis_name=mesh_lib.AXIS), None
     fn = lambda v, x: sync.apply(v, x, mutable=['batch_stats'])
-    mapped = jax.shard_map(fn, mesh=train.make_mesh(), in_specs=(P(), P(train.AXIS)),
-                           out_specs=(P(train.AXIS), P()))
+    mapped = jax.shard_map(fn, mesh=mesh_lib.make(), in_specs=(P(), P(mesh_lib.AXIS)),
+                           out_specs=(P(mesh_lib.AXIS), P()))
     expected = alone.apply(variables, self.x, mutable=['batch_stats'])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
                  mapped(variables, self.x), expected)
@@ -131,7 +133,8 @@ def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
         x, w, (stride, stride), ((pad, pad), (pad, pad)),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     y, pull = jax.vjp(plain, x, w)
-    ours, our_pull = jax.vjp(lambda x, w: conv._conv(x, w, stride, pad), x, w)
+    module = conv.Conv(5, kernel, stride, jnp.float64, nn.initializers.zeros)
+    ours, our_pull = jax.vjp(lambda x, w: module.apply({'params': {'kernel': w}}, x), x, w)
     np.testing.assert_array_equal(ours, y)
     cotangent = jnp.asarray(random.standard_normal(y.shape))
     for grad, expected in zip(our_pull(cotangent), pull(cotangent)):
