@@ -1,16 +1,22 @@
+import inspect
+import json
 import pathlib
+import re
 import runpy
 
 import pytest
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import errors
+from instdisc_jax import models
+from instdisc_jax.runtime import errors
+from instdisc_jax.training import step as step_lib
+from tests import programs
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_valid_and_say_how_they_are_run(path):
+def test_shipped_configs_are_valid_and_state_their_command(path):
   module = runpy.run_path(str(path))
   config = module['get_config']()
   config_lib.validate(config)
@@ -27,6 +33,55 @@ def test_cifar10_is_the_published_recipe():
       'optimizer.milestones': (120, 160), 'augment.crop_scale': (0.2, 1.0), 'augment.flip': 0.0,
       'augment.hue': 0.4, 'augment.grayscale': 0.2, 'knn.neighbors': 200, 'knn.temperature': 0.1}
   assert {key: flat[key] for key in published} == published
+
+
+def test_the_models_and_losses_that_can_be_set_are_those_that_exist():
+  assert config_lib.MODELS == models.NAMES
+  assert config_lib.SMALLEST_SIDE == models.SMALLEST_SIDE
+  assert config_lib.SMALLEST_SIDE.keys() <= set(config_lib.MODELS)
+  computed = re.findall(r"case '(\w+)':", inspect.getsource(step_lib))
+  assert sorted(computed) == sorted(config_lib.LOSSES)
+  assert set(config_lib.SAMPLED_LOSSES) < set(config_lib.LOSSES)
+
+
+@pytest.mark.parametrize('loss', config_lib.LOSSES)
+def test_every_loss_that_can_be_set_is_computed_by_the_step(loss):
+  run_steps, arguments, state = programs.step(
+      dict(name=loss, noise_count=5), num_rows=20, num_devices=2, batch_size=4, dim=8)
+  new_state, metrics = run_steps.eval_shape(*arguments)
+  assert 'loss' in metrics and new_state.bank.shape == state.bank.shape
+  with pytest.raises(ValueError, match='unknown loss another'):
+    programs.step(dict(name='another'), num_rows=20, num_devices=2, batch_size=4,
+                  dim=8)[0].eval_shape(*arguments)
+
+
+def test_every_default_is_within_its_limit():
+  for setting in config_lib.SETTINGS:
+    if setting.default is not None and setting.limit is not None:
+      assert setting.limit.holds(setting.default), setting.key
+      assert setting.requirement
+    assert setting.meaning and (setting.default is not None or setting.kind is not None)
+  settings = config_lib.flatten(config_lib.default())
+  assert settings == {setting.key: setting.default for setting in config_lib.SETTINGS}
+  config_lib.validate(config_lib.default())
+
+
+def test_the_length_of_a_cosine_run_is_fixed():
+  settings = config_lib.flatten(config_lib.default())
+  may_change = config_lib.changeable(settings)
+  assert may_change == {setting.key for setting in config_lib.SETTINGS if setting.changeable}
+  assert {'epochs', 'steps', 'checkpoint.keep'} <= may_change
+  settings['optimizer.schedule'] = 'cosine'
+  assert config_lib.changeable(settings) == may_change - {'epochs', 'steps'}
+
+
+def test_settings_survive_json():
+  config = config_lib.default()
+  config.optimizer.milestones, config.loss.temperature, config.steps = (3, 5), 0.2, 7
+  kept = json.loads(json.dumps(config_lib.to_json(config)))
+  assert config_lib.flatten(config_lib.from_json(kept)) == config_lib.flatten(config)
+  del kept['bank.momentum']  # written before there was such a setting
+  assert config_lib.from_json(kept | {'another': 1}).bank.momentum == 0.5
 
 
 @pytest.mark.parametrize('key, value', [
@@ -62,9 +117,11 @@ def test_unknown_and_missing_settings_are_named():
     ({}, 100, 1, 'batch_size is 128, must be at most the 100 training images: set .*=100'),
     ({}, 1000, 3, 'batch_size is 128, must be a multiple of the 3 devices: set .*=129'),
     ({'knn.neighbors': 500}, 300, 1, 'knn.neighbors is 500, must be at most the 300'),
-    ({'model.name': 'alexnet'}, 1000, 1, 'model.name is alexnet, .* images of 32 .*needs 63'),
-    ({}, 1, 1, 'must have at least 2')])
-def test_what_depends_on_data_and_machine(changes, num_rows, num_devices, message):
+    ({'model.name': 'alexnet'}, 1000, 1, 'model.name is alexnet, which needs images of 63 pixels, '
+     'must be an encoder for images of 32 pixels'),
+    ({}, 1, 1, 'with 1 training image, must be a set of at least 2')])
+def test_settings_are_checked_against_the_data_and_the_machine(
+    changes, num_rows, num_devices, message):
   config = config_lib.default()
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=message):
@@ -77,7 +134,8 @@ def _get_config(name):
 
 @pytest.mark.parametrize('num_rows, batch_size, epochs, neighbors', [
     (2, 2, 200, 1), (200, 128, 200, 14), (1000, 256, 200, 31), (1_000_000, 256, 40, 200)])
-def test_a_folder_s_settings_follow_its_size_unless_given(num_rows, batch_size, epochs, neighbors):
+def test_the_settings_of_a_folder_follow_its_size_unless_given(
+    num_rows, batch_size, epochs, neighbors):
   config = _get_config('folder.py')()
   config_lib.validate(config)
   filled = config_lib.fill(config, num_rows)
