@@ -1,0 +1,201 @@
+"""Checkpoints of other projects: the encoder and what else training can resume from; export."""
+
+from collections.abc import Mapping
+import dataclasses
+import io
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+import numpy as np
+
+from instdisc_jax.interop import layouts, safe_pickle
+from instdisc_jax.runtime import checkpoint, errors, files
+from instdisc_jax.runtime import workdir as workdir_lib
+
+__all__ = ['Checkpoint', 'export', 'read', 'read_encoder']
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What training can resume from in a file.
+
+  Attributes:
+    model_name: of the encoder.
+    width: channels of its first stage.
+    embedding_dim: D.
+    variables: {'params', 'batch_stats'}, float32.
+    has_head: whether the head is from the file; otherwise it is a fresh one.
+    bank: [N, D], or None.
+    settings: those that the bank was trained with, e.g. {'loss.temperature': 0.07}.
+    normalizer: Z, or 0 if it is not set.
+    momentum: SGD's momentum, a tree like the params, or None.
+    epochs: how many are complete; 0 without a bank.
+  """
+  model_name: str
+  width: int
+  embedding_dim: int
+  variables: dict[str, Any]
+  has_head: bool
+  bank: Float[np.ndarray, 'N D'] | None
+  settings: dict[str, Any]
+  normalizer: float
+  momentum: dict[str, Any] | None
+  epochs: int
+
+
+def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
+  """Everything that training can resume from in a file.
+
+  Args:
+    file: a checkpoint of the published code, or with the weights of a known encoder in the layout
+      of torchvision, MoCo, PyContrast, VISSL or MMSelfSup; .pth or .safetensors.
+    embedding_dim: D of the fresh head if the file has none.
+
+  Raises:
+    errors.UserError: the file holds no known encoder, or its weights or bank do not fit together.
+  """
+  saved = safe_pickle.read_file(file)
+  weights = layouts.find_weights(saved, file)
+  bank, settings, normalizer = _find_bank(saved, weights, file)
+  encoder = layouts.find_encoder(weights, file)
+  state_dict = _with_head(encoder, embedding_dim)
+  variables = _to_variables(state_dict, encoder.name)
+  embedding_dim = len(state_dict['fc.bias'])
+  if encoder.head is None:
+    bank = None  # a head that is not in the file made it
+  if bank is not None:
+    if bank.ndim != 2 or bank.shape[1] != embedding_dim or len(bank) < 2:
+      raise errors.UserError(
+          f"the bank in '{file}' has shape {bank.shape}",
+          f'(N, {embedding_dim}), like the embedding', 'set <--from> to another file', '--from')
+    bank = np.asarray(bank, np.float32)
+  momentum = {} if encoder.name.endswith('_cifar') else _find_momentum(saved, weights)
+  return Checkpoint(
+      model_name=encoder.name, width=encoder.width, embedding_dim=embedding_dim,
+      variables=variables, has_head=encoder.head is not None, bank=bank, settings=settings,
+      normalizer=normalizer,
+      momentum=_to_variables(state_dict | momentum, encoder.name)['params'] if momentum else None,
+      # The published CIFAR-10 program, which saves 'net', counts epochs from 0.
+      epochs=0 if bank is None else int(saved.get('epoch', 0)) + ('net' in saved))
+
+
+def read_encoder(file: str | os.PathLike[str],
+                 embedding_dim: int) -> tuple[str, int, int, dict[str, Any]]:
+  """The encoder of a file in any known layout.
+
+  Args:
+    file: a .pth or .safetensors file, see `read`.
+    embedding_dim: D of the fresh head if the file has none.
+
+  Returns:
+    (model name, width, D, {'params', 'batch_stats'} float32).
+
+  Raises:
+    errors.UserError: the file holds no known encoder, or its weights do not fit together.
+  """
+  encoder = layouts.find_encoder(layouts.find_weights(safe_pickle.read_file(file), file), file)
+  state_dict = _with_head(encoder, embedding_dim)
+  return (encoder.name, encoder.width, len(state_dict['fc.bias']),
+          _to_variables(state_dict, encoder.name))
+
+
+def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
+           with_head: bool = False) -> None:
+  """Writes the encoder of a workdir's newest checkpoint in torchvision's layout.
+
+  Args:
+    workdir: of a run, or made from a checkpoint.
+    file: NAME.pth or NAME.safetensors.
+    with_head: whether to keep the linear layer to the embedding, as 'fc', rather than write the
+      backbone alone.
+
+  Raises:
+    errors.UserError: there is no checkpoint, or the file has another suffix or cannot be written.
+  """
+  file = pathlib.Path(file)
+  if file.suffix not in ('.pth', '.safetensors'):
+    raise errors.UserError(f"--to is '{file}'", 'a file that ends in .pth or .safetensors',
+                           setting='--to')
+  settings, _ = workdir_lib.read(workdir)
+  variables = checkpoint.read(files.place(workdir) / 'checkpoints', ('params', 'batch_stats'))
+  state_dict = layouts.to_torchvision(variables, settings['model.name'])
+  if not with_head:
+    state_dict = {key: x for key, x in state_dict.items() if not key.startswith('fc.')}
+  content = _serialize(state_dict, file.suffix)
+  try:
+    files.write(file, content)
+  except OSError as e:
+    raise errors.cannot_write(file, e, '--to') from e
+
+
+def _serialize(state_dict: Mapping[str, np.ndarray], suffix: str) -> bytes:
+  if suffix == '.safetensors':
+    return safe_pickle.import_optional('safetensors.numpy', '--to').save(state_dict)
+  torch = safe_pickle.import_optional('torch', '--to')
+  buffer = io.BytesIO()
+  torch.save({key: torch.tensor(x) for key, x in state_dict.items()}, buffer)
+  return buffer.getvalue()
+
+
+def _to_variables(state_dict, model_name):
+  """Complete weights of an encoder -> {'params', 'batch_stats'} float32."""
+  with layouts.as_file_errors(model_name):
+    variables = layouts.from_torch(state_dict, model_name)
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
+
+
+def _with_head(encoder, embedding_dim):
+  """State dict of an encoder, with a fresh head if it has none of its own."""
+  head = encoder.head
+  if head is None:
+    head = _fresh_head(encoder.features, embedding_dim)
+  return encoder.backbone | {f'fc.{leaf}': value for leaf, value in head.items()}
+
+
+def _fresh_head(features, embedding_dim):
+  """Initial values of the head, from the distribution of the encoders here: U(±1/sqrt(C))."""
+  draw = np.random.default_rng(0).uniform
+  bound = features ** -0.5
+  return {'weight': draw(-bound, bound, (embedding_dim, features)).astype(np.float32),
+          'bias': draw(-bound, bound, embedding_dim).astype(np.float32)}
+
+
+def _find_bank(saved, weights, file):
+  """(bank rows [N, D] or None, the settings that it was trained with, Z or 0)."""
+  if 'memory_bank.feature_bank' in weights:  # MMSelfSup
+    return weights['memory_bank.feature_bank'], {}, 0.0
+  bank = saved.get('lemniscate')
+  if bank is None:
+    return None, {}, 0.0
+  buffers = bank.get('_buffers', bank) if isinstance(bank, dict) else {}
+  params = buffers.get('params', ())
+  if 'memory' not in buffers or len(params) not in (2, 4):
+    raise errors.UserError(
+        f"the bank 'lemniscate' in '{file}' lacks the published 'memory' and 'params'",
+        remedy='set <--from> to another file', setting='--from')
+  shortest = [float(str(np.float32(x))) for x in params]  # 0.07, not 0.07000000029802322
+  settings, normalizer = {'loss.name': 'softmax'}, 0.0
+  if len(params) == 4:
+    noise_count, shortest[0], normalizer, shortest[1] = shortest
+    settings = {'loss.name': 'nce', 'loss.noise_count': int(noise_count)}
+  return (buffers['memory'], settings | {'loss.temperature': shortest[0],
+                                         'bank.momentum': shortest[1]}, max(normalizer, 0.0))
+
+
+def _find_momentum(saved, weights):
+  """{key: SGD's momentum buffer} of a published checkpoint, empty if it has none."""
+  optimizer = saved.get('optimizer')
+  if not isinstance(optimizer, dict):
+    return {}
+  trained = [key for key in weights
+             if not re.search(f'{layouts.COUNTER}$|running_(mean|var)$', key)]
+  numbers = [number for group in optimizer['param_groups'] for number in group['params']]
+  buffers = [optimizer['state'].get(number, {}).get('momentum_buffer') for number in numbers]
+  if len(buffers) != len(trained) or any(buffer is None for buffer in buffers):
+    return {}
+  return dict(zip(trained, buffers))

@@ -1,0 +1,123 @@
+"""Reading a file of weights from a stranger: nothing in it is executed.
+
+Reading .pth needs PyTorch (`pip install '.[torch]'`), which is imported only then.
+"""
+
+import importlib
+import os
+import pathlib
+import pickle
+import re
+import types
+from typing import Any
+import warnings
+import zipfile
+
+from instdisc_jax.runtime import errors
+
+__all__ = ['import_optional', 'read_file']
+
+_PACKAGES = {'torch': 'PyTorch', 'safetensors.numpy': 'safetensors'}
+
+_STUBS = {'lib.NCEAverage.NCEAverage', 'lib.LinearAverage.LinearAverage',
+          'lib.alias_multinomial.AliasMethod',
+          'torch.nn.backends.thnn._get_thnn_function_backend'}  # in modules of PyTorch before 1.2
+_CONTAINERS = {'collections.OrderedDict', 'builtins.set', '__builtin__.set', 'torch.Size',
+               'torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2',
+               'torch._utils._rebuild_parameter'}
+
+
+class _Stub:
+  """Takes the place of a class of the published code; keeps its attributes, runs none of it."""
+  dump_patches = False  # PyTorch's reader of the legacy format asks for it
+
+
+class _Unpickler(pickle.Unpickler):
+  """Knows tensors, containers and the stub; PyTorch reads all its formats with it.
+
+  (torch.load's own `weights_only` refuses modules that were pickled as objects in the legacy
+  format, and the published checkpoints hold such modules.)
+  """
+
+  def find_class(self, module, name):
+    full_name = f'{module}.{name}'
+    if full_name in _STUBS:
+      return _Stub
+    if full_name in _CONTAINERS or re.fullmatch(r'torch(\.cuda)?\.[A-Za-z]+Storage', full_name):
+      return super().find_class(module, name)
+    raise errors.UserError(f'it asks for {full_name}, which is not a tensor, a container or the '
+                           'published bank; nothing was executed')
+
+
+_RESTRICTED_PICKLE = types.SimpleNamespace(
+    __name__='restricted', Unpickler=_Unpickler, UnpicklingError=pickle.UnpicklingError,
+    load=lambda file, **kwargs: _Unpickler(file, **kwargs).load())
+
+
+def read_file(file: str | os.PathLike[str]) -> Any:
+  """Tensors and containers of a .pth (legacy or zip) or .safetensors file; executes nothing.
+
+  Args:
+    file: a path.
+
+  Returns:
+    What was saved: nested dicts and lists, with NumPy arrays for tensors.
+
+  Raises:
+    errors.UserError: there is no such file, it has another format, or it holds anything but
+      tensors, containers and the published bank object, which is then named.
+  """
+  if not os.path.isfile(file):
+    raise errors.UserError(f"no file '{file}'", remedy='set <--from> to a checkpoint',
+                           setting='--from')
+  if pathlib.Path(file).suffix == '.safetensors':
+    safetensors = import_optional('safetensors.numpy', '--from')
+    try:
+      return safetensors.load_file(file)
+    except Exception as e:  # the library has errors of its own
+      raise errors.UserError(f"'{file}' is not a safetensors file ({errors.one_line(e)})",
+                             remedy='set <--from> to one', setting='--from') from e
+  torch = import_optional('torch', '--from')
+  try:
+    if zipfile.is_zipfile(file) and any(
+        name.endswith('/constants.pkl') for name in zipfile.ZipFile(file).namelist()):
+      raise errors.UserError('it is a TorchScript program')
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # the source of the stub differs from that of the class
+      return _to_numpy(torch.load(file, map_location='cpu', weights_only=False,
+                                  pickle_module=_RESTRICTED_PICKLE), torch)
+  except Exception as e:  # whatever a broken or hostile file makes PyTorch raise
+    why = errors.one_line(e) or type(e).__name__
+    raise errors.UserError(f"'{file}' cannot be read as a checkpoint ({why[:200]})",
+                           remedy='set <--from> to a file of weights', setting='--from') from e
+
+
+def import_optional(module: str, argument: str) -> Any:
+  """Imports a module that is needed only to read or write the weights of other projects.
+
+  Args:
+    module: 'torch' or 'safetensors.numpy'.
+    argument: which argument gave the file, e.g. '--from'.
+
+  Raises:
+    errors.UserError: it is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as e:
+    raise errors.UserError(f'this file needs {_PACKAGES[module]}, which is not installed',
+                           remedy="pip install '.[torch]'", setting=argument) from e
+
+
+def _to_numpy(tree, torch):
+  """The same containers with arrays in place of tensors; a stub becomes its attributes."""
+  if isinstance(tree, torch.Tensor):
+    tree = tree.detach()
+    return (tree.float() if tree.dtype == torch.bfloat16 else tree).numpy()
+  if isinstance(tree, _Stub):
+    tree = vars(tree)
+  if isinstance(tree, dict):
+    return {key: _to_numpy(value, torch) for key, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return [_to_numpy(value, torch) for value in tree]
+  return tree
