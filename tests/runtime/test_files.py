@@ -1,4 +1,4 @@
-"""A whole run in a bucket: Google Cloud Storage as an emulator on this machine shows it; slow."""
+"""A full run in a bucket, against an emulator of Google Cloud Storage; slow."""
 
 import http.server
 import json
@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from instdisc_jax import errors, evaluate, files, metrics
+from instdisc_jax import evaluate
+from instdisc_jax.runtime import errors, files, metrics
 from tests import soak_kill
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,7 @@ def bucket():
                                  reason='gcp-storage-emulator is not installed')
   download = emulator.objects.download
 
-  def with_generation(request, response, storage, *args, **kwargs):  # which TensorStore wants
+  def with_generation(request, response, storage, *args, **kwargs):  # which TensorStore needs
     download(request, response, storage, *args, **kwargs)
     if response.status.value < 400:
       response['x-goog-generation'] = storage.get_file_obj(
@@ -49,9 +50,9 @@ def _start(workdir, log):
                             env=soak_kill.environment())
 
 
-def test_a_run_in_a_bucket_killed_and_resumed_is_the_run_in_a_folder(bucket, tmp_path):
-  assert soak_kill.start(tmp_path / 'here').wait() == 0
-  workdir, log = files.place(f'{bucket}/runs/there'), tmp_path / 'log'
+def test_a_run_in_a_bucket_killed_and_resumed_equals_one_in_a_folder(bucket, tmp_path):
+  assert soak_kill.start(tmp_path / 'local').wait() == 0
+  workdir, log = files.place(f'{bucket}/runs/remote'), tmp_path / 'log'
   process, end = _start(workdir, log), time.monotonic() + 240
   complete = workdir / 'checkpoints' / '15' / 'commit_success.txt'  # as Orbax marks it there
   while not complete.exists():
@@ -60,8 +61,8 @@ def test_a_run_in_a_bucket_killed_and_resumed_is_the_run_in_a_folder(bucket, tmp
   process.kill()
   process.wait()
   assert _start(workdir, log).wait() == 0, log.read_text()
-  assert 'resuming gs://bucket/runs/there at step' in log.read_text()
-  assert soak_kill.outcome(workdir) == soak_kill.outcome(tmp_path / 'here')
+  assert 'resuming gs://bucket/runs/remote at step' in log.read_text()
+  assert soak_kill.outcome(workdir) == soak_kill.outcome(tmp_path / 'local')
   names = {path.name for path in workdir.iterdir()}
   assert names >= {'config.json', 'metrics.jsonl', 'summary.json', 'curves.png', 'neighbors.png',
                    'checkpoints'} and 'lock' not in names
@@ -74,7 +75,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_is_the_run_in_a_folder(bucket, tmp
   assert json.loads(line)['step'] == 60
 
 
-def test_metrics_in_a_bucket_are_written_again_with_each_line(bucket):
+def test_metrics_in_a_bucket_are_rewritten_with_each_line(bucket):
   workdir = files.place(f'{bucket}/metrics')
   first = metrics.Metrics(workdir, 0)
   for step in (5, 10, 15):
@@ -87,16 +88,16 @@ def test_metrics_in_a_bucket_are_written_again_with_each_line(bucket):
   assert [line['step'] for line in metrics.read(workdir)] == [5, 10, 12]
 
 
-def test_a_bucket_out_of_reach_is_an_error_of_one_line():
+def test_an_unreachable_bucket_is_an_error_of_one_line():
   pytest.importorskip('gcsfs', reason='gcsfs is not installed')
   nowhere = {'STORAGE_EMULATOR_HOST': 'http://127.0.0.1:9', 'GOOGLE_CLOUD_PROJECT': 'none'}
   done = subprocess.run(soak_kill.command('gs://bucket/run'), cwd=soak_kill.ROOT, check=False,
                         capture_output=True, text=True, timeout=120,
                         env=soak_kill.environment() | nowhere)
   assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
-  assert done.stderr.splitlines()[-1].startswith("error: 'gs://bucket/run' can't be reached (")
+  assert done.stderr.splitlines()[-1].startswith("error: 'gs://bucket/run' cannot be reached (")
 
 
-def test_the_package_that_a_bucket_needs_is_named():
+def test_the_missing_package_of_a_bucket_is_named():
   with pytest.raises(errors.UserError, match='needs a package that is not installed .*s3fs'):
     files.place('s3://bucket/run')

@@ -1,11 +1,11 @@
 import json
 
-from tensorboardX import proto  # noqa: F401  (its absence would be a broken installation)
+from tensorboardX import proto  # noqa: F401  (without it the installation is broken)
 
-from instdisc_jax import metrics as metrics_lib
+from instdisc_jax.runtime import metrics as metrics_lib
 
 
-def test_lines_are_written_at_once_and_read_back(tmp_path):
+def test_lines_are_written_immediately_and_read_back(tmp_path):
   metrics = metrics_lib.Metrics(tmp_path, 0)
   metrics.write(5, loss=1.5, knn_top1=None)
   assert metrics_lib.read(tmp_path) == [{'step': 5, 'loss': 1.5, 'knn_top1': None}]

@@ -5,11 +5,12 @@ import sys
 import jax
 import pytest
 
-from instdisc_jax import errors, preemption, train
+from instdisc_jax.runtime import errors, preemption
+from instdisc_jax.runtime import mesh as mesh_lib
 
 _FIRST = '''
 import os, signal, sys, time
-from instdisc_jax import errors, preemption
+from instdisc_jax.runtime import errors, preemption
 def command():
   with preemption.Watch() as watch:
     watch.check()
@@ -22,7 +23,7 @@ sys.exit(errors.exit_code(command))
 # The main thread is in C and never gets to run a handler.
 _SECOND = '''
 import hashlib, os, signal, threading, time
-from instdisc_jax import preemption
+from instdisc_jax.runtime import preemption
 with preemption.Watch() as watch:
   def send():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -42,25 +43,25 @@ def _python(code):
 def test_a_signal_is_noted_and_ends_in_exit_code_75(name):
   done = _python(_FIRST.format(name=name))
   assert done.returncode == 75
-  assert done.stderr == (f'{name}: saving and stopping; a second signal exits at once\n'
-                         f'stopped by {name}: run the same command again to go on\n')
+  assert done.stderr == (f'{name}: saving and stopping; a second signal exits immediately\n'
+                         f'stopped by {name}: run the same command again to resume\n')
 
 
 def test_a_second_signal_ends_the_process_whatever_it_is_doing():
   assert _python(_SECOND).returncode == 128 + signal.SIGINT
 
 
-def test_without_a_signal_nothing_is_to_stop():
+def test_without_a_signal_nothing_stops():
   watch = preemption.Watch()
   watch.check()
-  assert not watch.poll(train.make_mesh(jax.devices()[:2]))
+  assert not watch.poll(mesh_lib.make(jax.devices()[:2]))
   watch.signal = 'SIGTERM'
-  assert watch.poll(train.make_mesh(jax.devices()[:2]))
+  assert watch.poll(mesh_lib.make(jax.devices()[:2]))
   with pytest.raises(errors.Stopped):
     watch.check()
 
 
-def test_handlers_are_given_back():
+def test_signal_handlers_are_restored():
   before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   with preemption.Watch():
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] != before
