@@ -2,7 +2,8 @@
 # make test            set-up, and the tests that CI runs
 # make test-all        those and the slow ones
 # make soak            kills the demo at random moments, 20 runs: see docs/reliability.md
-# make lint            ruff and shellcheck
+# make lint            ruff, shellcheck, the floors of the package, and types
+# make docs            the documentation site, into site/
 # make setup           .venv with everything; the others call it
 PYTHON ?= python3
 SEED ?= 0
@@ -11,7 +12,7 @@ BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := .venv/installed-$(VERSION)
 
-.PHONY: setup demo test test-all soak lint clean
+.PHONY: setup demo test test-all soak lint docs clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +40,11 @@ soak: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build *.egg-info

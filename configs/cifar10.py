@@ -2,8 +2,8 @@
 
     python -m instdisc_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
-Cost: 200 epochs, 78,125 steps of 128 images; meant for one GPU. Published result of this recipe:
-80.8% kNN (paper, Table 1). Not yet run to the end here.
+Cost: 200 epochs, 78,125 steps of 128 images; intended for one GPU. Published result of this recipe:
+80.8% kNN (paper, Table 1). Not yet run to completion here.
 """
 
 from instdisc_jax import config as config_lib

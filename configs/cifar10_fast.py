@@ -1,9 +1,9 @@
-"""CIFAR-10 with the full softmax, for the least time to a good kNN: larger batch, cosine, flips.
+"""CIFAR-10 with the full softmax, tuned for a good kNN fast: larger batch, cosine schedule, flips.
 
     python -m instdisc_jax.main --config=configs/cifar10_fast.py --workdir=runs/cifar10_fast
 
-Cost: 30 epochs, 2,930 steps of 512 images in bfloat16; meant for one GPU. Not yet run to the end
-here, so its result is not known.
+Cost: 30 epochs, 2,930 steps of 512 images in bfloat16; intended for one GPU. Not yet run to
+completion here, so its result is unknown.
 """
 
 from instdisc_jax import config as config_lib

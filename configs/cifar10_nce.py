@@ -1,11 +1,11 @@
-"""CIFAR-10 with noise-contrastive estimation, 4,096 noise samples an image.
+"""CIFAR-10 with noise-contrastive estimation, 4,096 noise samples per image.
 
     python -m instdisc_jax.main --config=configs/cifar10_nce.py --workdir=runs/cifar10_nce
 
-Z is estimated from the first batch and frozen, as published. That batch sees a random bank, and Z
-stays too small for the bank that training makes: `--config.loss.normalizer=ema` follows it.
+Z is estimated from the first batch and frozen, as published. The bank is random then, so Z stays
+too small for the trained bank: `--config.loss.normalizer=ema` tracks it.
 
-Cost: as configs/cifar10.py. Published result: 80.4% kNN (paper, Table 1). Not yet run to the end
+Cost: as configs/cifar10.py. Published result: 80.4% kNN (paper, Table 1). Not yet run to completion
 here.
 """
 

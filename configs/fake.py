@@ -1,9 +1,9 @@
-"""Noise made on the devices, at ImageNet's size: what a step costs when the input costs nothing.
+"""Noise generated on the devices, at ImageNet's size: the cost of a step without its input.
 
     python -m instdisc_jax.main --config=configs/fake.py --workdir=runs/fake
 
-`--config.dataset.name=fake:N` sets the number of images, i.e. of rows of the bank. Cost: 100 steps
-of 256 images, then the embeddings of N for the evaluation, which reads noise from the host. The
+`--config.dataset.name=fake:N` sets the number of images, and so of rows of the bank. Cost: 100
+steps of 256 images, then N embeddings for the evaluation, which reads noise from the host. The
 images have no labels, so there is no accuracy.
 """
 

@@ -1,17 +1,17 @@
-"""Your own pictures: a folder of 200 to 1,000,000 files, with or without classes.
+"""Your own images: a folder of 200 to 1,000,000 files, with or without classes.
 
     python -m instdisc_jax.main --config=configs/folder.py --workdir=runs/mine \\
         --config.dataset.name=folder:PATH
 
-Settings that are None are derived from the number N of pictures (`config.fill`), and any of them
-can be given: the batch is the largest power of two up to 256 and N; the epochs such that 40 million
-pictures are seen, from 30 to 200; the learning rate 0.03 for a batch of 256; K = √N, at most 200.
-Few folders are large enough to learn from nothing: `--config.model.init=FILE` starts from weights
+Settings that are None are derived from the number of images N (`config.fill`), and any of them can
+be set: the batch is the largest power of two up to 256 and N; the epochs are such that 40 million
+images are seen, from 30 to 200; the learning rate is 0.03 for a batch of 256; K = √N, at most 200.
+Few folders are large enough to train from scratch: `--config.model.init=FILE` starts from weights
 in any layout that `instdisc_jax.convert` reads, `--config.model.init=WORKDIR` from an earlier run,
-e.g. before pictures were added.
+e.g. before images were added.
 
-Cost: meant for a GPU; a CPU trains a few dozen pictures a second at 224 pixels with this ResNet-18
-(`--config.augment.size=64` is 12 times cheaper). Its result depends on the pictures.
+Cost: intended for a GPU; a CPU trains on a few dozen images per second at 224 pixels with this
+ResNet-18 (`--config.augment.size=64` is 12 times cheaper). The result depends on the images.
 """
 
 from ml_collections import config_dict

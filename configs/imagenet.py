@@ -9,9 +9,10 @@
     softmax                      the exact softmax over all 1,281,167 images
     sampled                      cross-entropy with 65,536 noise samples, the published update
 
-docs/data.md says how the data are prepared. Cost: 200 epochs, 1,000,912 steps of 256 images; meant
-for GPUs or TPUs. Published kNN top-1 of this recipe: ResNet-50 46.8%, ResNet-18 41.0%, VGG16 33.9%,
-AlexNet 31.3%; linear probe, ResNet-50: 54.0%, with `sampled` 58.5%. Not yet run here.
+docs/how-to/data.md describes how to prepare the data. Cost: 200 epochs, 1,000,912 steps of 256
+images; intended for GPUs or TPUs. Published kNN top-1 of this recipe: ResNet-50 46.8%, ResNet-18
+41.0%, VGG16 33.9%, AlexNet 31.3%; linear probe, ResNet-50: 54.0%, with `sampled` 58.5%. Not yet run
+here.
 """
 
 from instdisc_jax import config as config_lib

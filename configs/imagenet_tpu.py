@@ -3,12 +3,12 @@
     python -m instdisc_jax.main --distributed --config=configs/imagenet_tpu.py \\
         --workdir=gs://BUCKET/imagenet --config.dataset.data_dir=DIR
 
-The learning rate grows with the batch (0.03 for 256 images), rises over 10 epochs and falls along a
-cosine; convolutions and the bank's rows are bfloat16, sums, parameters and statistics float32. The
-bank's 1,281,167 rows are shared out over all chips. `launch/tpu_vm.sh` starts it on all hosts and
-brings the data there; docs/data.md says how they are prepared.
+The learning rate scales with the batch (0.03 for 256 images), warms up over 10 epochs and decays
+along a cosine; convolutions and the rows of the bank are bfloat16, sums, parameters and statistics
+float32. The 1,281,167 rows are sharded over all chips. `launch/tpu_vm.sh` starts it on all hosts
+and copies the data there; docs/how-to/data.md describes how to prepare them.
 
-Cost: 200 epochs, 62,557 steps, meant for 32 to 256 chips. Not yet run: no result is known.
+Cost: 200 epochs, 62,557 steps, intended for 32 to 256 chips. Not yet run: no result is known.
 """
 
 from instdisc_jax import config as config_lib

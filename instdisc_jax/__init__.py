@@ -1,10 +1,27 @@
 """Instance discrimination in JAX: unsupervised image features, one class per image."""
 
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from instdisc_jax.inference import Model
+
+__all__ = ['__version__', 'load']
 __version__ = '0.1.0'
 
 
-def load(workdir):
-  """Opens a trained workdir: `instdisc_jax.load(workdir).embed(images)`; see `inference.Model`."""
+def load(workdir: 'str | os.PathLike[str]') -> 'Model':
+  """Opens a trained run: `instdisc_jax.load(workdir).embed(images)`; see `inference.Model`.
+
+  Args:
+    workdir: the folder or bucket of a run, or made by `convert`.
+
+  Returns:
+    An `inference.Model`.
+
+  Raises:
+    errors.UserError: it has no intact checkpoint.
+  """
   from instdisc_jax import inference  # slow to import, which `python -m instdisc_jax...` need not
 
   return inference.load(workdir)

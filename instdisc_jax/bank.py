@@ -2,29 +2,38 @@
 
 Letters, here and everywhere: N rows (training images), D embedding size, B images in the global
 batch, M noise samples per image. Under `jax.shard_map` each device holds n = ceil(N / devices)
-consecutive rows; rows at positions >= N are padding and are never read as images.
+consecutive rows; rows at positions >= N are padding and never correspond to an image.
 
               device 0        device 1              device k
     bank   [ rows 0..n-1 | rows n..2n-1 | ... | rows .. N-1, padding ]
     batch  [ B/k images  | B/k images   | ... | B/k images           ]   queries travel, rows stay
 
-Functions that take `axis_name` do the same work on the whole bank (None) or on one device's shard.
+Functions that take `axis_name` work on the full bank (None) or on one device's shard.
 """
+
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from instdisc_jax.linalg import normalize
+
+__all__ = ['count_local_rows', 'gather', 'init', 'locate', 'noise', 'normalize', 'shared_noise',
+           'update']
 
 
-def init(key, num_rows, dim, *, unit=False, dtype=jnp.float32):
-  """Random start rows.
+def init(key: Key[Array, ''], num_rows: int, dim: int, *, unit: bool = False,
+         dtype: Any = jnp.float32) -> Float[Array, 'N D']:
+  """Random initial rows.
 
   Args:
     key: a `jax.random` key.
     num_rows: N.
     dim: D.
     unit: False for entries uniform in ±1/sqrt(D/3), as published: rows of mean squared norm 1 that
-      are first normalised by their first update. True for uniformly distributed unit vectors.
+      get unit norm with their first update. True for uniformly distributed unit vectors.
     dtype: of the rows.
 
   Returns:
@@ -36,16 +45,17 @@ def init(key, num_rows, dim, *, unit=False, dtype=jnp.float32):
   return jax.random.uniform(key, (num_rows, dim), minval=-bound, maxval=bound).astype(dtype)
 
 
-def update(bank, index, features, *, momentum, axis_name=None):
-  """Moves the batch's rows towards its features: V_i <- normalise(m V_i + (1 - m) v_i).
+def update(bank: Float[Array, 'N D'], index: Int[Array, ' B'], features: Float[Array, 'B D'], *,
+           momentum: float, axis_name: str | None = None) -> Float[Array, 'N D']:
+  """Moves the batch's rows towards its features: V_i <- normalize(m V_i + (1 - m) v_i).
 
-  Every candidate row is computed from the bank before the update. Where an index occurs more than
-  once in the batch the last occurrence is kept, on every device and any device count.
+  Every new row is computed from the bank before the update. If an index occurs more than once in
+  the batch, the last occurrence wins, on every device and any device count.
 
   Args:
     bank: [N, D], or the local shard [n, D] when `axis_name` is given.
     index: [B] rows of the images; the local part of the batch when `axis_name` is given.
-    features: [B, D] unit-norm features, laid out like `index`.
+    features: [B, D] unit-norm features, sharded like `index`.
     momentum: m in [0, 1]; 0 replaces the row by the feature.
     axis_name: mesh axis over which rows and batch are sharded.
 
@@ -57,22 +67,24 @@ def update(bank, index, features, *, momentum, axis_name=None):
   overwritten = jnp.any((index[:, None] == index) & (slots[:, None] < slots), axis=1)
   local, owned = locate(bank, index, axis_name)
   rows = normalize(momentum * bank[local].astype(features.dtype) + (1 - momentum) * features)
-  # Rows that are not ours, or that a later occurrence writes, go to distinct places past the end.
+  # Rows of other devices, and rows that a later occurrence writes, go to distinct places past the
+  # end, where they are dropped.
   target = jnp.where(owned & ~overwritten, local, bank.shape[0] + slots)
   return bank.at[target].set(rows.astype(bank.dtype), mode='drop', unique_indices=True)
 
 
-def noise(key, step, index, noise_count, num_rows):
+def noise(key: Key[Array, ''], step: Int[Array, ''] | int, index: Int[Array, ' B'],
+          noise_count: int, num_rows: int) -> Int[Array, 'B M']:
   """Noise rows for each image: independent, uniform over the N rows, with replacement.
 
-  They depend on (key, step, image index) alone, so any device count draws the same.
+  They depend on (key, step, image index) alone, so any device count draws the same rows.
 
   Args:
     key: a `jax.random` key.
     step: training step, scalar.
     index: [B] image indices.
     noise_count: M >= 1.
-    num_rows: the true N, padding not counted.
+    num_rows: the true N, without padding.
 
   Returns:
     [B, M] int32.
@@ -83,16 +95,17 @@ def noise(key, step, index, noise_count, num_rows):
   return jax.vmap(draw)(index)
 
 
-def shared_noise(key, step, noise_count, num_rows):
+def shared_noise(key: Key[Array, ''], step: Int[Array, ''] | int, noise_count: int,
+                 num_rows: int) -> Int[Array, ' M']:
   """Noise rows that all images of a step share: uniform over the N rows, with replacement.
 
-  Scored by one matmul of M rows, where `noise` needs B·M or all rows.
+  Scoring them is one matmul over M rows, where `noise` needs B·M rows or all of them.
 
   Args:
     key: a `jax.random` key.
     step: training step, scalar.
     noise_count: M >= 1.
-    num_rows: the true N, padding not counted.
+    num_rows: the true N, without padding.
 
   Returns:
     [M] int32.
@@ -101,38 +114,36 @@ def shared_noise(key, step, noise_count, num_rows):
                             dtype=jnp.int32)
 
 
-def normalize(x, epsilon=1e-12):
-  """x / max(‖x‖, epsilon) along the last axis: a zero vector stays zero, with a finite gradient."""
-  return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon**2))
-
-
-def gather(tree, axis_name):
+def gather(tree: Any, axis_name: str | None) -> Any:
   """Local batch arrays [B / devices, ...] -> the global batch [B, ...] on every device."""
   if axis_name is None:
     return tree
   return lax.all_gather(tree, axis_name, tiled=True)
 
 
-def locate(bank, index, axis_name):
-  """Where rows lie in this device's shard.
+def locate(bank: Float[Array, 'n D'], index: Int[Array, '*shape'],
+           axis_name: str | None) -> tuple[Int[Array, '*shape'], Bool[Array, '*shape']]:
+  """Where rows are in this device's shard.
 
   Args:
-    bank: [n, D] local shard (the whole bank when `axis_name` is None).
-    index: integers of any shape, rows of the whole bank.
+    bank: [n, D] local shard (the full bank when `axis_name` is None).
+    index: integers of any shape, rows of the full bank.
     axis_name: mesh axis, or None.
 
   Returns:
     (local, owned), both shaped like `index`: positions clipped into the shard, and whether the row
-    really lies there.
+    is in it.
   """
   n = bank.shape[0]
   local = index - (0 if axis_name is None else lax.axis_index(axis_name) * n)
   return jnp.clip(local, 0, n - 1), (local >= 0) & (local < n)
 
 
-def count_local_rows(bank, axis_name, num_rows):
+def count_local_rows(bank: Float[Array, 'n D'], axis_name: str | None,
+                     num_rows: int | None) -> Int[Array, ''] | int:
   """How many rows of this device's shard are images; the rest, at its end, is padding."""
   n = bank.shape[0]
   if axis_name is None:
     return n if num_rows is None else num_rows
+  assert num_rows is not None, 'a padded bank needs num_rows'
   return jnp.clip(num_rows - lax.axis_index(axis_name) * n, 0, n)

@@ -1,215 +1,254 @@
-"""The configuration: every setting with its default, and what values it may have.
+"""The configuration: one table with every setting, its default, its limits and its meaning.
 
-A file in `configs/` starts from `default()` and sets what its recipe needs. Anything can be
+A file in `configs/` starts from `default()` and sets what its recipe needs. Any setting can be
 overridden on the command line: `--config.loss.temperature=0.1`.
 """
 
+from collections.abc import Callable, Mapping
+import dataclasses
 import math
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from ml_collections import config_dict
 
-from instdisc_jax import errors, models, train
+from instdisc_jax.runtime import errors
+
+Config: TypeAlias = Any  # a `ConfigDict`, whose settings no type checker knows
+
+# A test compares these with what the models and losses offer.
+MODELS = ('alexnet', 'resnet10', 'resnet101', 'resnet101_cifar', 'resnet10_cifar', 'resnet18',
+          'resnet18_cifar', 'resnet34', 'resnet34_cifar', 'resnet50', 'resnet50_cifar', 'vgg16',
+          'vgg16_bn')
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image in pixels; else any
+LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax')
+SAMPLED_LOSSES = ('nce', 'sampled_softmax')
+_DTYPES = ('float32', 'bfloat16', 'float64')
 
 
-def default():
-  """The published CIFAR-10 settings; returns a `ConfigDict` with every key there is."""
-  config = config_dict.ConfigDict()
-  config.seed = 0
-  config.batch_size = 128  # B, over all devices
-  config.accumulate_steps = 1  # parts of the batch whose gradients are summed, to save memory
-  config.epochs = 200
-  config.steps = config_dict.placeholder(int)  # in place of epochs
-  config.steps_per_dispatch = config_dict.placeholder(int)  # None: 1 on CPU, else 100
-  config.deterministic = False  # on GPU: the same bits from run to run, at some cost in speed
-  config.log_every_steps = 100  # within an epoch; its end is logged anyway
-  config.profile_steps = config_dict.placeholder(int)  # how many to trace; None: none
+class Limit(NamedTuple):
+  """Which values a setting may have: a test, and the same in words."""
+  holds: Callable[[Any], bool]
+  text: str
 
-  config.dataset = config_dict.ConfigDict()
-  config.dataset.name = 'digits'  # digits, tfds:NAME, folder:PATH, arrays:FILE.npz or fake:N
-  config.dataset.data_dir = config_dict.placeholder(str)  # of TFDS; None for its own default
-  config.dataset.limit = config_dict.placeholder(int)  # a seeded subset of that many images
-  config.dataset.validation = config_dict.placeholder(str)  # a split, a folder, or a share as 0.1
-  config.dataset.on_unreadable = 'error'  # of a folder's files; or skip: leave them out
-  config.dataset.path = 'auto'  # resident on the device, or stream from the host
-  config.dataset.resident_share = 0.25  # of a device's memory, up to which auto is resident
-  config.dataset.workers = config_dict.placeholder(int)  # reading processes; None: CPUs - 2
 
-  config.model = config_dict.ConfigDict()
-  config.model.name = 'resnet18_cifar'
-  config.model.width = 64
-  config.model.embedding_dim = 128  # D
-  config.model.sync_batch_norm = False
-  config.model.init = config_dict.placeholder(str)  # weights to start from: a file or a workdir
-  config.model.dtype = 'float32'  # of the computation; parameters are float32
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One setting.
 
-  config.loss = config_dict.ConfigDict()
-  config.loss.name = 'softmax'
-  config.loss.temperature = 0.1  # τ
-  config.loss.noise_count = 4096  # M, of nce and sampled_softmax
-  config.loss.shared_noise = False  # one draw of M rows a step for all images
-  config.loss.normalizer = 'first_batch'  # Z of nce: first_batch, ema, or a number
-  config.loss.normalizer_decay = 0.99  # of ema, per step
-  config.loss.proximal_weight = 0.0  # λ
-  config.loss.block_rows = config_dict.placeholder(int)  # rows scored at once; None: by memory
+  Attributes:
+    key: its name, e.g. 'loss.temperature'.
+    default: its value in `default()`; None where it is derived or unused unless set.
+    meaning: what it does, for --help and the documentation.
+    limit: which values it may have; None for any.
+    kind: the type of a setting whose default is None.
+    changeable: whether it may change when a run is resumed, since it leaves the training as it is.
+  """
+  key: str
+  default: Any
+  meaning: str
+  limit: Limit | None = None
+  kind: type | None = None
+  changeable: bool = False
 
-  config.bank = config_dict.ConfigDict()
-  config.bank.momentum = 0.5  # m
-  config.bank.dtype = 'float32'
-  config.bank.init = 'uniform'  # as published, or 'unit' for random unit vectors
+  @property
+  def requirement(self) -> str:
+    """Which values it may have, in words; '' for any."""
+    return '' if self.limit is None else self.limit.text
 
-  config.optimizer = config_dict.ConfigDict()
-  config.optimizer.learning_rate = 0.03
-  config.optimizer.momentum = 0.9
-  config.optimizer.weight_decay = 5e-4
-  config.optimizer.schedule = 'milestones'  # or cosine: a linear rise, then half a cosine to 0
-  config.optimizer.warmup_epochs = 0.0  # of cosine
-  config.optimizer.milestones = (120, 160)  # epochs
-  config.optimizer.milestone_factor = 0.1
 
-  config.augment = config_dict.ConfigDict()
-  config.augment.size = config_dict.placeholder(int)  # side of views; None: the images', or 224
-  config.augment.crop_scale = (0.2, 1.0)  # share of the area
-  config.augment.crop_ratio = (3 / 4, 4 / 3)  # width over height
-  config.augment.brightness = 0.4
-  config.augment.contrast = 0.4
-  config.augment.saturation = 0.4
-  config.augment.hue = 0.4
-  config.augment.grayscale = 0.2  # probability
-  config.augment.grayscale_first = False  # before brightness to hue, as for ImageNet
-  config.augment.flip = 0.0  # probability
-  config.augment.mean = (0.4914, 0.4822, 0.4465)
-  config.augment.std = (0.2023, 0.1994, 0.2010)
+def _one_of(*values):
+  return Limit(lambda v: v in values, ' or '.join(map(str, values)))
 
-  config.knn = config_dict.ConfigDict()
-  config.knn.neighbors = 200  # K
-  config.knn.temperature = 0.1
-  config.knn.every_epochs = 1  # 0: only at the end
-  config.knn.recall_target = config_dict.placeholder(float)  # of a TPU's search; None: exact
 
-  config.checkpoint = config_dict.ConfigDict()
-  config.checkpoint.every_steps = 1000
-  config.checkpoint.keep = 3
-  return config
+def _within(low, high):
+  return Limit(lambda v: low <= v <= high, f'from {low} to {high}')
 
+
+def _at_least(low):
+  return Limit(lambda v: v >= low, f'at least {low}')
+
+
+_ABOVE_ZERO = Limit(lambda v: 0 < v < math.inf, 'above 0')
+_NON_NEGATIVE = Limit(lambda v: 0 <= v < math.inf, '0 or above')
+_PAIR = Limit(lambda v: len(v) == 2 and 0 < v[0] <= v[1], 'two numbers above 0, the smaller first')
+_SHARES = Limit(lambda v: _PAIR.holds(v) and v[1] <= 1, f'{_PAIR.text}, at most 1')
+_NORMALIZER = Limit(lambda v: v in ('first_batch', 'ema') or _is_positive_number(v),
+                    'first_batch, ema or a number above 0')
+
+SETTINGS = (
+    Setting('seed', 0, 'seed of all random numbers', _within(0, 2**32 - 1)),
+    Setting('batch_size', 128, 'batch size B, over all devices', _at_least(1)),
+    Setting('accumulate_steps', 1, 'parts of the batch whose gradients are summed, to save memory',
+            _at_least(1)),
+    Setting('epochs', 200, 'length of the run in epochs', _at_least(1), changeable=True),
+    Setting('steps', None, 'length of the run in steps; overrides epochs', _at_least(1), int,
+            changeable=True),
+    Setting('steps_per_dispatch', None, 'steps per dispatch for resident images; None: 1 on CPU, '
+            'else 100', _at_least(1), int, changeable=True),
+    Setting('deterministic', False, 'the same bits from run to run on GPU, at some cost in speed'),
+    Setting('log_every_steps', 100, 'log interval in steps; the end of an epoch is always logged',
+            _at_least(1), changeable=True),
+    Setting('profile_steps', None, 'steps to trace for the profiler; None: no trace', _at_least(1),
+            int, changeable=True),
+
+    Setting('dataset.name', 'digits', 'the data set: digits, tfds:NAME, folder:PATH, arrays:FILE.npz '
+            'or fake:N'),
+    Setting('dataset.data_dir', None, 'folder of prepared TFDS data; None: the default of TFDS',
+            kind=str, changeable=True),
+    Setting('dataset.limit', None, 'train on a seeded subset of this many images', _at_least(2),
+            int),
+    Setting('dataset.validation', None, 'images to evaluate on: a split, a folder, or a share such '
+            'as 0.1', kind=str),
+    Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files of a folder: stop, '
+            'or leave them out', _one_of('error', 'skip')),
+    Setting('dataset.path', 'auto', 'where images are kept during training: resident on the device, '
+            'or streamed from the host', _one_of('auto', 'resident', 'stream')),
+    Setting('dataset.resident_share', 0.25, 'share of the device memory up to which auto means '
+            'resident', _within(0, 1), changeable=True),
+    Setting('dataset.workers', None, 'worker processes that read images; None: number of CPUs - 2',
+            _at_least(0), int, changeable=True),
+
+    Setting('model.name', 'resnet18_cifar', 'the encoder', _one_of(*MODELS)),
+    Setting('model.width', 64, 'channels of the first stage', _at_least(1)),
+    Setting('model.embedding_dim', 128, 'D, the size of the embedding', _at_least(1)),
+    Setting('model.sync_batch_norm', False, 'batch statistics over all devices instead of each '
+            "device's own"),
+    Setting('model.init', None, 'weights to start from: a file or the workdir of a run', kind=str),
+    Setting('model.dtype', 'float32', 'dtype of the computation; parameters stay float32',
+            _one_of(*_DTYPES)),
+
+    Setting('loss.name', 'softmax', 'the loss', _one_of(*LOSSES)),
+    Setting('loss.temperature', 0.1, 'temperature τ', _ABOVE_ZERO),
+    Setting('loss.noise_count', 4096, 'M, noise samples per image for nce and sampled_softmax',
+            _at_least(1)),
+    Setting('loss.shared_noise', False, 'one draw of M rows per step, shared by all images'),
+    Setting('loss.normalizer', 'first_batch', 'Z of nce: estimated from the first batch, an '
+            'exponential moving average, or a number', _NORMALIZER),
+    Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
+    Setting('loss.proximal_weight', 0.0, 'weight λ of the proximal term', _NON_NEGATIVE),
+    Setting('loss.block_rows', None, 'rows of the bank scored at once; None: as many as fit into '
+            '128 MiB of scores', _at_least(1), int),
+
+    Setting('bank.momentum', 0.5, 'momentum m of the moving average of each row', _within(0, 1)),
+    Setting('bank.dtype', 'float32', 'dtype of the rows', _one_of(*_DTYPES)),
+    Setting('bank.init', 'uniform', 'initial rows: as published, or random unit vectors',
+            _one_of('uniform', 'unit')),
+
+    Setting('optimizer.learning_rate', 0.03, 'learning rate of SGD, before any decay', _ABOVE_ZERO),
+    Setting('optimizer.momentum', 0.9, 'momentum of SGD',
+            Limit(lambda v: 0 <= v < 1, 'at least 0 and below 1')),
+    Setting('optimizer.weight_decay', 5e-4, 'weight decay of all parameters', _NON_NEGATIVE),
+    Setting('optimizer.schedule', 'milestones', 'step decay at the milestones, or linear warm-up '
+            'and cosine decay to 0', _one_of('milestones', 'cosine')),
+    Setting('optimizer.warmup_epochs', 0.0, 'warm-up of the cosine schedule, in epochs', _NON_NEGATIVE),
+    Setting('optimizer.milestones', (120, 160), 'epochs at which the learning rate decays',
+            Limit(lambda v: all(a > 0 for a in v), 'epochs above 0')),
+    Setting('optimizer.milestone_factor', 0.1, 'learning rate factor at each milestone',
+            _ABOVE_ZERO),
+
+    Setting('augment.size', None, 'side of the views in pixels; None: that of the images, or 224',
+            _at_least(8), int),
+    Setting('augment.crop_scale', (0.2, 1.0), 'area of a crop as a share of the image', _SHARES),
+    Setting('augment.crop_ratio', (3 / 4, 4 / 3), 'aspect ratio of a crop, width over height',
+            _PAIR),
+    Setting('augment.brightness', 0.4, 'strength of the brightness jitter', _NON_NEGATIVE),
+    Setting('augment.contrast', 0.4, 'strength of the contrast jitter', _NON_NEGATIVE),
+    Setting('augment.saturation', 0.4, 'strength of the saturation jitter', _NON_NEGATIVE),
+    Setting('augment.hue', 0.4, 'strength of the hue jitter, in turns', _within(0, 0.5)),
+    Setting('augment.grayscale', 0.2, 'probability of grayscale', _within(0, 1)),
+    Setting('augment.grayscale_first', False, 'grayscale before the color jitter, as for ImageNet'),
+    Setting('augment.flip', 0.0, 'probability of a horizontal flip', _within(0, 1)),
+    Setting('augment.mean', (0.4914, 0.4822, 0.4465), 'channel means of images in [0, 1]',
+            Limit(lambda v: len(v) == 3, 'three numbers')),
+    Setting('augment.std', (0.2023, 0.1994, 0.2010), 'channel standard deviations',
+            Limit(lambda v: len(v) == 3 and min(v) > 0, 'three numbers above 0')),
+
+    Setting('knn.neighbors', 200, 'number of neighbors K', _at_least(1), changeable=True),
+    Setting('knn.temperature', 0.1, 'temperature τ of the vote',
+            Limit(lambda v: 0.02 <= v < math.inf, 'at least 0.02, where exp(1/τ) is finite'),
+            changeable=True),
+    Setting('knn.every_epochs', 1, 'evaluation interval in epochs; 0: only at the end', _at_least(0),
+            changeable=True),
+    Setting('knn.recall_target', None, 'recall of an approximate search on TPU; None: exact',
+            Limit(lambda v: 0 < v <= 1, 'above 0, at most 1'), float, changeable=True),
+
+    Setting('checkpoint.every_steps', 1000, 'checkpoint interval in steps', _at_least(1), changeable=True),
+    Setting('checkpoint.keep', 3, 'number of checkpoints to keep', _at_least(1), changeable=True),
+)
+_BY_KEY = {setting.key: setting for setting in SETTINGS}
 
 # For photographs, in the published ImageNet order: augment settings.
 PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
                    std=(0.229, 0.224, 0.225))
 
-# Settings that may change between two calls on one workdir: they leave what was trained untouched.
-CHANGEABLE = ('epochs', 'steps', 'steps_per_dispatch', 'log_every_steps', 'profile_steps',
-              'dataset.data_dir', 'dataset.workers', 'dataset.resident_share',
-              'knn.neighbors', 'knn.temperature', 'knn.every_epochs', 'knn.recall_target',
-              'checkpoint.every_steps', 'checkpoint.keep')
+
+def default() -> Config:
+  """The published CIFAR-10 settings, a `ConfigDict` with every key."""
+  config: Config = config_dict.ConfigDict()
+  for setting in SETTINGS:
+    part, _, name = setting.key.rpartition('.')
+    if part and part not in config:
+      config[part] = config_dict.ConfigDict()
+    place = config[part] if part else config
+    place[name] = (setting.default if setting.kind is None
+                   else config_dict.placeholder(setting.kind))
+  return config
 
 
-def _one_of(*values):
-  return lambda v: v in values, ' or '.join(map(str, values))
+def changeable(settings: Mapping[str, Any]) -> frozenset[str]:
+  """The settings that may change when a run with these `settings` (see `flatten`) is resumed."""
+  keys = {setting.key for setting in SETTINGS if setting.changeable}
+  if settings['optimizer.schedule'] == 'cosine':  # its end is the end of the run
+    keys -= {'epochs', 'steps'}
+  return frozenset(keys)
 
 
-def _within(low, high):
-  return lambda v: low <= v <= high, f'from {low} to {high}'
-
-
-def _at_least(low):
-  return lambda v: v >= low, f'at least {low}'
-
-
-_above_zero = lambda v: 0 < v < math.inf, 'above 0'
-_non_negative = lambda v: 0 <= v < math.inf, '0 or above'
-_pair = lambda v: len(v) == 2 and 0 < v[0] <= v[1], 'two numbers above 0, the smaller first'
-
-_REQUIRED = {
-    'seed': _within(0, 2**32 - 1),
-    'batch_size': _at_least(1),
-    'accumulate_steps': _at_least(1),
-    'epochs': _at_least(1),
-    'steps': _at_least(1),
-    'steps_per_dispatch': _at_least(1),
-    'log_every_steps': _at_least(1),
-    'profile_steps': _at_least(1),
-    'dataset.limit': _at_least(2),
-    'dataset.on_unreadable': _one_of('error', 'skip'),
-    'dataset.path': _one_of('auto', 'resident', 'stream'),
-    'dataset.resident_share': _within(0, 1),
-    'dataset.workers': _at_least(0),
-    'augment.size': _at_least(8),
-    'model.name': _one_of(*models.NAMES),
-    'model.width': _at_least(1),
-    'model.embedding_dim': _at_least(1),
-    'model.dtype': _one_of('float32', 'bfloat16', 'float64'),
-    'loss.name': _one_of(*train.LOSS_NAMES),
-    'loss.temperature': _above_zero,
-    'loss.noise_count': _at_least(1),
-    'loss.normalizer_decay': _within(0, 1),
-    'loss.proximal_weight': _non_negative,
-    'loss.block_rows': _at_least(1),
-    'bank.momentum': _within(0, 1),
-    'bank.dtype': _one_of('float32', 'bfloat16', 'float64'),
-    'bank.init': _one_of('uniform', 'unit'),
-    'optimizer.learning_rate': _above_zero,
-    'optimizer.momentum': (lambda v: 0 <= v < 1, 'at least 0 and below 1'),
-    'optimizer.weight_decay': _non_negative,
-    'optimizer.schedule': _one_of('milestones', 'cosine'),
-    'optimizer.warmup_epochs': _non_negative,
-    'optimizer.milestones': (lambda v: all(a > 0 for a in v), 'epochs above 0'),
-    'optimizer.milestone_factor': _above_zero,
-    'augment.crop_scale': (lambda v: _pair[0](v) and v[1] <= 1, _pair[1] + ', at most 1'),
-    'augment.crop_ratio': _pair,
-    'augment.brightness': _non_negative,
-    'augment.contrast': _non_negative,
-    'augment.saturation': _non_negative,
-    'augment.hue': _within(0, 0.5),
-    'augment.grayscale': _within(0, 1),
-    'augment.flip': _within(0, 1),
-    'augment.mean': (lambda v: len(v) == 3, 'three numbers'),
-    'augment.std': (lambda v: len(v) == 3 and min(v) > 0, 'three numbers above 0'),
-    'knn.neighbors': _at_least(1),
-    'knn.temperature': (lambda v: 0.02 <= v < math.inf, 'at least 0.02, where exp(1/τ) is finite'),
-    'knn.every_epochs': _at_least(0),
-    'knn.recall_target': (lambda v: 0 < v <= 1, 'above 0, at most 1'),
-    'checkpoint.every_steps': _at_least(1),
-    'checkpoint.keep': _at_least(1),
-}
-
-
-def validate(config):
-  """Checks every value that can be checked before any data is read.
+def validate(config: Config) -> None:
+  """Checks everything that can be checked before any data is read.
 
   Args:
     config: a `ConfigDict` with the keys of `default()`.
 
   Raises:
-    errors.UserError: naming the first key out of range, its value, and what it must be.
+    errors.UserError: naming the first setting out of range, its value, and what it must be.
   """
-  fallback = flatten(default())
   found = flatten(config)
-  for key in found.keys() - fallback.keys():
-    raise errors.UserError(f"unknown setting '{key}': remove it from the configuration")
-  for key in fallback.keys() - found.keys():
-    raise errors.UserError(f"setting '{key}' is missing: set --config.{key}={fallback[key]}")
-  for key, (holds, requirement) in _REQUIRED.items():
-    value = found[key]
-    if value is not None and not _holds(holds, value):
-      raise errors.UserError(f"{key} is {value}, must be {requirement}: set --config.{key}, "
-                             f'e.g. --config.{key}={plain(fallback[key])}')
+  for key in found.keys() - _BY_KEY.keys():
+    raise errors.UserError(f"unknown setting '{key}'", remedy='remove it from the configuration',
+                           setting=key)
+  for key in _BY_KEY.keys() - found.keys():
+    raise errors.UserError(f"setting '{key}' is missing", setting=key,
+                           remedy=f'set <{key}>={_BY_KEY[key].default}')
+  for setting in SETTINGS:
+    _check(setting, found[setting.key])
   for key in ('model.dtype', 'bank.dtype'):
-    if found[key] == 'float64' and not jax.config.jax_enable_x64:
-      raise errors.UserError(f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment: '
-                             f'set that, or --config.{key}=float32')
+    if found[key] == 'float64' and not jax.config.read('jax_enable_x64'):
+      raise errors.UserError(
+          f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment', setting=key,
+          remedy=f'set that, or <{key}>=float32')
   if (config.optimizer.schedule == 'cosine' and config.epochs is not None
       and config.optimizer.warmup_epochs >= config.epochs):
     raise errors.UserError(
-        f'optimizer.warmup_epochs is {config.optimizer.warmup_epochs}, must be below the '
-        f'{config.epochs} epochs: set --config.optimizer.warmup_epochs')
-  normalizer = config.loss.normalizer
-  if normalizer not in ('first_batch', 'ema') and not _is_positive_number(normalizer):
-    raise errors.UserError(f'loss.normalizer is {normalizer}, must be first_batch, ema or a number '
-                           'above 0: set --config.loss.normalizer=first_batch')
+        f'optimizer.warmup_epochs is {config.optimizer.warmup_epochs}',
+        f'below the {config.epochs} epochs', setting='optimizer.warmup_epochs')
 
 
-def fill(config, num_rows):
+def _check(setting: Setting, value: Any) -> None:
+  """Raises `errors.UserError` if a setting is out of range."""
+  if setting.limit is None or value is None:
+    return
+  try:
+    holds = setting.limit.holds(value)
+  except TypeError:  # a tuple of something other than numbers
+    holds = False
+  if not holds:
+    raise errors.UserError(
+        f'{setting.key} is {value}', setting.limit.text, setting=setting.key,
+        remedy=f'set <{setting.key}>, e.g. <{setting.key}>={plain(setting.default)}')
+
+
+def fill(config: Config, num_rows: int) -> Config:
   """A copy of `config` with the settings that are None derived from the number of images.
 
   Args:
@@ -235,49 +274,53 @@ def fill(config, num_rows):
   return config
 
 
-def validate_for_data(config, num_rows, view_size, num_devices):
+def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
+                      num_devices: int) -> None:
   """Checks what depends on the data set and the machine.
 
   Args:
     config: a valid `ConfigDict`, filled.
     num_rows: N.
     view_size: (height, width) of the views.
-    num_devices: of the mesh.
+    num_devices: in the mesh.
 
   Raises:
-    errors.UserError: naming the key, its value, and what it must be.
+    errors.UserError: naming the setting, its value, and what it must be.
   """
   if num_rows < 2:
-    raise errors.UserError(f'dataset.name is {config.dataset.name} with {num_rows} training image, '
-                           'must have at least 2: set --config.dataset.name to a larger set')
-  side = min(view_size)
-  if side < models.SMALLEST_SIDE.get(config.model.name, 1):
     raise errors.UserError(
-        f'model.name is {config.model.name}, must be one for images of {side} pixels (it needs '
-        f'{models.SMALLEST_SIDE[config.model.name]}): set --config.model.name=resnet18_cifar, or '
-        '--config.augment.size')
+        f'dataset.name is {config.dataset.name} with {num_rows} training image',
+        'a set of at least 2', setting='dataset.name', remedy='set <dataset.name> to a larger set')
+  side, smallest = min(view_size), SMALLEST_SIDE.get(config.model.name, 1)
+  if side < smallest:
+    raise errors.UserError(
+        f'model.name is {config.model.name}, which needs images of {smallest} pixels',
+        f'an encoder for images of {side} pixels', setting='model.name',
+        remedy='set <model.name>=resnet18_cifar, or <augment.size>')
   if config.dataset.path == 'stream' and view_size[0] != view_size[1]:
-    raise errors.UserError(f'augment.size is not set, and the images of {config.dataset.name} have '
-                           f'{view_size[0]} x {view_size[1]} pixels, must be square to be streamed '
-                           'as they are: set --config.augment.size')
-  if config.batch_size > num_rows:
     raise errors.UserError(
-        f'batch_size is {config.batch_size}, must be at most the {num_rows} training images: '
-        f'set --config.batch_size={num_rows // num_devices * num_devices or num_devices}')
+        f'augment.size is not set, and the images of {config.dataset.name} have '
+        f'{view_size[0]} x {view_size[1]} pixels', 'square to be streamed as they are',
+        setting='augment.size')
+  if config.batch_size > num_rows:
+    largest = num_rows // num_devices * num_devices or num_devices
+    raise errors.UserError(
+        f'batch_size is {config.batch_size}', f'at most the {num_rows} training images',
+        setting='batch_size', remedy=f'set <batch_size>={largest}')
   parts = num_devices * config.accumulate_steps
   if config.batch_size % parts:
     times = '' if config.accumulate_steps == 1 else (
         f' times accumulate_steps = {config.accumulate_steps}')
     raise errors.UserError(
-        f'batch_size is {config.batch_size}, must be a multiple of the {num_devices} devices{times}'
-        f': set --config.batch_size={-(-config.batch_size // parts) * parts}')
+        f'batch_size is {config.batch_size}', f'a multiple of the {num_devices} devices{times}',
+        setting='batch_size', remedy=f'set <batch_size>={-(-config.batch_size // parts) * parts}')
   if config.knn.neighbors > num_rows:
     raise errors.UserError(
-        f'knn.neighbors is {config.knn.neighbors}, must be at most the {num_rows} training images: '
-        f'set --config.knn.neighbors={min(20, num_rows)}')
+        f'knn.neighbors is {config.knn.neighbors}', f'at most the {num_rows} training images',
+        setting='knn.neighbors', remedy=f'set <knn.neighbors>={min(20, num_rows)}')
 
 
-def flatten(config, prefix=''):
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
   """Nested settings -> {'loss.temperature': 0.1, ...}."""
   flat = {}
   for key, value in config.items():
@@ -288,14 +331,21 @@ def flatten(config, prefix=''):
   return flat
 
 
-def _holds(holds, value):
-  try:
-    return holds(value)
-  except TypeError:  # a tuple of other things than numbers
-    return False
+def to_json(config: Config) -> dict[str, Any]:
+  """`flatten`, with values that JSON can hold: what config.json keeps of a run."""
+  return {key: plain(value) for key, value in flatten(config).items()}
 
 
-def plain(value):
+def from_json(settings: Mapping[str, Any]) -> Config:
+  """The configuration that config.json keeps; settings that it lacks have their defaults."""
+  config = default()
+  config.update_from_flattened_dict({
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in settings.items() if key in _BY_KEY})
+  return config
+
+
+def plain(value: Any) -> Any:
   """A setting as JSON can hold it."""
   return list(value) if isinstance(value, tuple) else value
 

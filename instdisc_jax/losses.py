@@ -1,19 +1,19 @@
 """The losses: features of a batch against the memory bank.
 
 Each takes unit-norm `features` [B, D], the `bank` [N, D] and the images' rows `index` [B], and
-gives one loss per image, [B]. The bank is data: the gradient is with respect to `features` alone.
-It is known in closed form, so the pass over the bank that finds the loss finds the gradient too,
-and nothing of size B x N is kept for a backward pass.
+returns one loss per image, [B]. The bank is data: the gradient is with respect to `features` alone.
+It is known in closed form, so the pass over the bank that computes the loss computes the gradient
+too, and nothing of size B x N is kept for a backward pass.
 
 Inside `jax.shard_map`, with `axis_name` and `num_rows` given, `features` and `index` are the
 device's part of the batch and `bank` its rows. Queries travel, the bank never does: every device
-sees all B queries, scores its own rows, and the partial results are summed back to the device
-that owns the query. Numbers moved per step and device: about 2 B (D + 2), whatever N is.
+gets all B queries and scores its own rows, and the partial results are summed back to the device
+that owns the query. Each step exchanges about 2 B (D + 2) values per device, whatever N is.
 `noise_index` is then that of the *global* batch, which every device draws alike (`bank.noise`).
 It is [B, M], or [M] where all images share one draw.
 
 Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype. (A bfloat16
-bank saves memory on GPU and TPU; XLA:CPU, without bfloat16 of its own, widens it as a whole.)
+bank saves memory on GPU and TPU; XLA:CPU, which has no bfloat16 arithmetic, widens all of it.)
 """
 
 import functools
@@ -23,15 +23,19 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from instdisc_jax import bank as bank_lib
+from instdisc_jax.linalg import dot, score_rows
 
 _jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows'))
 
 
 @functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'block_rows'))
-def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows=None,
-                 block_rows=None):
+def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
+                 index: Int[Array, ' B'], *, temperature: float, axis_name: str | None = None,
+                 num_rows: int | None = None,
+                 block_rows: int | None = None) -> Float[Array, ' B']:
   """Non-parametric softmax over all N rows (Eq. 2-3), exact.
 
       loss_i  = logsumexp_j(V_j·v_i / τ) - V_i·v_i / τ
@@ -46,7 +50,7 @@ def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows
     temperature: τ > 0.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
-    block_rows: rows scored at once; by default as many as keep a block of scores within 128 MiB.
+    block_rows: rows scored at once; by default as many as fit a block of scores into 128 MiB.
 
   Returns:
     [B].
@@ -61,11 +65,14 @@ def softmax_loss(features, bank, index, *, temperature, axis_name=None, num_rows
   return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
 
-def class_weights_gradient(features, weights, index, loss, *, temperature, axis_name=None,
-                           num_rows=None, block_rows=None):
-  """What the parametric softmax (Eq. 1) needs besides `softmax_loss`: its gradient in the weights.
+def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 'N D'],
+                           index: Int[Array, ' B'], loss: Float[Array, ' B'], *,
+                           temperature: float, axis_name: str | None = None,
+                           num_rows: int | None = None,
+                           block_rows: int | None = None) -> Float[Array, 'N D']:
+  """The gradient of the parametric softmax (Eq. 1) in its class weights.
 
-  There every image has a learned weight vector w_j in the place of the bank's V_j:
+  Its loss is `softmax_loss` with a learned weight vector w_j for every image in place of V_j:
 
       ∂(mean_i loss_i) / ∂w_j = mean_i (p_ij - [j = i]) v_i / τ
 
@@ -73,14 +80,14 @@ def class_weights_gradient(features, weights, index, loss, *, temperature, axis_
     features: [B, D] unit-norm.
     weights: [N, D], or the local shard.
     index: [B] int.
-    loss: [B] `softmax_loss` of these.
+    loss: [B] `softmax_loss` of the same arguments.
     temperature: τ > 0.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the rows are padded; needed with `axis_name`.
     block_rows: rows scored at once, see `softmax_loss`.
 
   Returns:
-    [N, D], or the local rows of it; 0 in the padding.
+    [N, D], or its local rows; 0 in the padding.
   """
   queries, weights, index = _as_data(features, weights, index, axis_name)
   num_local = bank_lib.count_local_rows(weights, axis_name, num_rows)
@@ -95,7 +102,7 @@ def class_weights_gradient(features, weights, index, loss, *, temperature, axis_
     start, chunk, fresh = _block(weights, i, block)
     logits = score_rows(queries, chunk) / temperature - logsumexp[:, None]
     p = jnp.where(fresh & (start + jnp.arange(block) < num_local), jnp.exp(logits), 0)
-    part = _dot(p, queries, (((0,), (0,)), ((), ())))
+    part = dot(p, queries, (((0,), (0,)), ((), ())))
     return lax.dynamic_update_slice_in_dim(
         gradient, lax.dynamic_slice_in_dim(gradient, start, block) + part, start, 0)
 
@@ -107,8 +114,10 @@ def class_weights_gradient(features, weights, index, loss, *, temperature, axis_
 
 
 @_jit
-def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axis_name=None,
-                         num_rows=None):
+def sampled_softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
+                         index: Int[Array, ' B'], noise_index: Int[Array, '*B M'], *,
+                         temperature: float, axis_name: str | None = None,
+                         num_rows: int | None = None) -> Float[Array, ' B']:
   """Cross-entropy of the positive among M + 1 columns: itself and M noise rows, as drawn.
 
   The published "updated" model trains with it at M = 65,536. Noise that happens to hit the
@@ -121,7 +130,7 @@ def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axi
     noise_index: [B, M] or [M] int, of the global batch when `axis_name` is given.
     temperature: τ > 0.
     axis_name: mesh axis, or None.
-    num_rows: unused; taken so that all losses are called alike.
+    num_rows: unused; all losses share one signature.
 
   Returns:
     [B].
@@ -143,8 +152,10 @@ def sampled_softmax_loss(features, bank, index, noise_index, *, temperature, axi
 
 
 @_jit
-def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axis_name=None,
-             num_rows=None):
+def nce_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'],
+             noise_index: Int[Array, '*B M'], *, temperature: float,
+             normalizer: Float[Array, ''] | float, axis_name: str | None = None,
+             num_rows: int | None = None) -> Float[Array, ' B']:
   """Noise-contrastive estimation (Eq. 4-8), in log space.
 
       logit  = s / τ - log Z - log(M / N)          h = P / (P + M/N) = sigmoid(logit)
@@ -183,8 +194,10 @@ def nce_loss(features, bank, index, noise_index, *, temperature, normalizer, axi
 
 
 @_jit
-def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis_name=None,
-                        num_rows=None):
+def estimate_normalizer(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
+                        index: Int[Array, ' B'], noise_index: Int[Array, '*B M'], *,
+                        temperature: float, axis_name: str | None = None,
+                        num_rows: int | None = None) -> Float[Array, '']:
   """Z ≈ N · mean(exp(s / τ)) over the batch's B (M + 1) positive and noise columns.
 
   Args:
@@ -211,7 +224,9 @@ def estimate_normalizer(features, bank, index, noise_index, *, temperature, axis
 
 
 @_jit
-def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
+def proximal_penalty(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
+                     index: Int[Array, ' B'], *, axis_name: str | None = None,
+                     num_rows: int | None = None) -> Float[Array, ' B']:
   """‖v_i - V_i‖² (Eq. 10, without λ), V_i the row before this step's update.
 
   Args:
@@ -219,7 +234,7 @@ def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
     bank: [N, D], or the local shard.
     index: [B] int.
     axis_name: mesh axis, or None.
-    num_rows: unused; taken so that all losses are called alike.
+    num_rows: unused; all losses share one signature.
 
   Returns:
     [B].
@@ -233,7 +248,7 @@ def proximal_penalty(features, bank, index, *, axis_name=None, num_rows=None):
 
 
 def _as_data(features, bank, index, axis_name):
-  """The global batch's features, the local rows and the global index; not to be differentiated."""
+  """The global batch's features, the local rows and the global index, without gradients."""
   chex.assert_rank([features, bank, index], [2, 2, 1])
   chex.assert_equal_shape_prefix([features, index], 1)
   chex.assert_equal(features.shape[1], bank.shape[1])
@@ -242,21 +257,8 @@ def _as_data(features, bank, index, axis_name):
 
 
 def _with_gradient(loss, gradient, features):
-  """`loss` [B], whose derivative in `features` [B, D] is `gradient`: the added term is zero."""
+  """`loss` [B] with the derivative `gradient` in `features` [B, D]: the added term is zero."""
   return loss + jnp.sum((features - lax.stop_gradient(features)) * gradient, axis=1)
-
-
-def _dot(a, b, dims):
-  """Contraction with float32 (or float64) result; float32 operands are not rounded to less."""
-  precision = lax.Precision.HIGHEST if b.dtype != jnp.bfloat16 else None
-  result = jnp.promote_types(a.dtype, jnp.float32)
-  return lax.dot_general(a.astype(b.dtype) if b.dtype == jnp.bfloat16 else a, b, dims,
-                         precision=precision, preferred_element_type=result)
-
-
-def score_rows(queries, rows):
-  """Cosine scores: queries [Q, D] times rows [n, D] -> [Q, n]."""
-  return _dot(queries, rows, (((1,), (1,)), ((), ())))
 
 
 def _positive(queries, bank, index, axis_name):
@@ -284,7 +286,7 @@ def _stream(queries, rows, num_local, temperature, block_rows):
       peak = jnp.maximum(peak, carry[0])
     weight = jnp.exp(logits - _finite(peak)[:, None])
     total = jnp.sum(weight, axis=1)
-    weighted = _dot(weight, chunk, (((1,), (0,)), ((), ())))
+    weighted = dot(weight, chunk, (((1,), (0,)), ((), ())))
     if carry is not None:
       shrink = jnp.exp(carry[0] - _finite(peak))
       total += shrink * carry[1]
@@ -300,7 +302,7 @@ def _block_rows(queries, rows, block_rows):
 
 
 def _block(rows, i, block):
-  """(start, rows, which of them no block before had) of the i-th block; the last ends with all."""
+  """(start, rows, which rows are in no block before) of block i; the last is aligned to the end."""
   start = jnp.minimum(i * block, rows.shape[0] - block)
   return (start, lax.dynamic_slice_in_dim(rows, start, block),
           start + jnp.arange(block) >= i * block)
@@ -332,7 +334,7 @@ def _to_owner(partials, axis_name):
 
 
 def _own(x, features, axis_name):
-  """This device's part of an array [B] that all devices hold whole."""
+  """This device's part of an array [B] that every device holds in full."""
   if axis_name is None:
     return x
   size = features.shape[0]
@@ -340,28 +342,28 @@ def _own(x, features, axis_name):
 
 
 def _scoring_all_rows_is_cheaper(bank, noise_index):
-  """A gather moves B·M rows of D numbers, a matmul over the shard reads each of its rows once."""
+  """A gather reads B·M rows, a matmul over the shard reads each of its rows once."""
   return noise_index.size > bank.shape[0]
 
 
 def _noise_scores(queries, bank, noise_index, axis_name):
-  """Scores of the noise rows [B, M], and which of them this device owns (the rest are garbage)."""
+  """Scores [B, M] of the noise rows, and which of them are valid: those that this device owns."""
   local, owned = bank_lib.locate(bank, noise_index, axis_name)
   if noise_index.ndim == 1:
     score = score_rows(queries, bank[local])
     return score, jnp.broadcast_to(owned, score.shape)
   if _scoring_all_rows_is_cheaper(bank, noise_index):
     return jnp.take_along_axis(score_rows(queries, bank), local, axis=1), owned
-  return _dot(queries, bank[local], (((1,), (2,)), ((0,), (0,)))), owned
+  return dot(queries, bank[local], (((1,), (2,)), ((0,), (0,)))), owned
 
 
 def _weighted_rows(weight, bank, noise_index, axis_name):
   """Σ_m weight[b, m] · row of noise_index[b, m] -> [B, D]; weights of rows not owned must be 0."""
   local, _ = bank_lib.locate(bank, noise_index, axis_name)
   if noise_index.ndim == 1:
-    return _dot(weight, bank[local], (((1,), (0,)), ((), ())))
+    return dot(weight, bank[local], (((1,), (0,)), ((), ())))
   if _scoring_all_rows_is_cheaper(bank, noise_index):
     slots = jnp.arange(weight.shape[0])[:, None]
     dense = jnp.zeros((weight.shape[0], bank.shape[0]), weight.dtype).at[slots, local].add(weight)
-    return _dot(dense, bank, (((1,), (0,)), ((), ())))
-  return _dot(weight, bank[local], (((1,), (1,)), ((0,), (0,))))
+    return dot(dense, bank, (((1,), (0,)), ((), ())))
+  return dot(weight, bank[local], (((1,), (1,)), ((0,), (0,))))

@@ -1,27 +1,30 @@
-"""One picture from the bytes of its file to the view that a step needs, on the host.
+"""One image, from the bytes of its file to the view that a step needs, on the host.
 
-JPEGs go through libjpeg-turbo (simplejpeg) and are decoded at 1/2, 1/4 or 1/8 of their size where
-the view is that much smaller; everything else, and what that decoder refuses, goes through PIL.
-Views are resized as PIL does it, bilinear with antialiasing, to within the error that
+JPEGs are decoded by libjpeg-turbo (simplejpeg), at 1/2, 1/4 or 1/8 of their size if the view is
+that much smaller; everything else, and whatever that decoder rejects, is decoded by PIL. Views are
+resized as in PIL, bilinear with antialiasing, to within the error that
 `benchmarks/input_pipeline.py` prints.
 
-What becomes of unusual files: gray, palette and CMYK pictures become RGB; transparent parts become
-white; of 16 bits the upper 8 are kept; EXIF rotation is applied; of an animation the first picture
-is taken. Truncated files, files that are no pictures, floating-point pictures and pictures of more
-than 89 million pixels are refused.
+Unusual files: gray, palette and CMYK images become RGB; transparent parts become white; 16-bit
+images keep their upper 8 bits; EXIF rotation is applied; the first frame of an animation is used.
+Rejected are truncated files, files that are not images, floating-point images and images of more
+than 89 million pixels.
 """
 
+from collections.abc import Callable
 import contextlib
 import io
+from typing import Any
 import warnings
 
+from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # PIL's own limit, beyond which it only warns
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit, where it only warns
 _ORIENTATION = 0x0112  # EXIF
-_LEAST_BY_TAPS, _MOST_BY_TAPS = 1.1, 2.25  # from where on three taps matter, and until they do
-# What turns the stored picture upright.
+_LEAST_BY_TAPS, _MOST_BY_TAPS = 1.1, 2.25  # between these scales, three taps do PIL's filter
+# What turns the stored image upright, by EXIF orientation.
 _UPRIGHT = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -36,20 +39,20 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # re
 
 
 class UnreadableError(Exception):
-  """A file that gives no picture; the message says why."""
+  """A file that is not a usable image; the message says why, as the rest of a sentence."""
 
 
-def decode(data):
-  """A whole picture.
+def decode(data: Any) -> UInt8[np.ndarray, 'H W 3']:
+  """A full image.
 
   Args:
-    data: the bytes of its file, or the picture itself as an array.
+    data: the bytes of its file, or the image itself as an array.
 
   Returns:
     [H, W, 3] uint8.
 
   Raises:
-    UnreadableError: it can't be decoded, or is refused.
+    UnreadableError: it cannot be decoded, or is rejected.
   """
   if isinstance(data, np.ndarray):
     return data
@@ -57,16 +60,16 @@ def decode(data):
   return np.ascontiguousarray(turn(_pixels(data, plain, 1)))
 
 
-def size(data):
-  """(H, W) of a picture, from the head of its file; raises `UnreadableError`."""
+def size(data: Any) -> tuple[int, int]:
+  """(H, W) of an image, from the header of its file; raises `UnreadableError`."""
   return data.shape[:2] if isinstance(data, np.ndarray) else _open(data)[0]
 
 
-def view(data, draw_box, side):
-  """A part of a picture, resized, decoding no more than is needed.
+def view(data: Any, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side side 3']:
+  """A part of an image, resized; decodes no more than it needs.
 
   Args:
-    data: the bytes of its file, or the picture itself as an array.
+    data: the bytes of its file, or the image itself as an array.
     draw_box: (H, W) -> (top, left, height, width), in pixels.
     side: of the view.
 
@@ -74,7 +77,7 @@ def view(data, draw_box, side):
     [side, side, 3] uint8.
 
   Raises:
-    UnreadableError: it can't be decoded, or is refused.
+    UnreadableError: it cannot be decoded, or is rejected.
   """
   if isinstance(data, np.ndarray):
     return _cut(data, draw_box(*data.shape[:2]), side)
@@ -84,30 +87,20 @@ def view(data, draw_box, side):
   while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
     shrink *= 2
   pixels = turn(_pixels(data, plain, shrink))
-  shrunk = round(height / pixels.shape[0])  # not every format can be
+  shrunk = round(height / pixels.shape[0])  # not every format can be decoded smaller
   if shrunk > 1:
-    box = tuple(x / shrunk for x in box)  # with fractions; the last pixels may lie half outside
+    box = tuple(x / shrunk for x in box)  # with fractions; the last pixels may be half outside
   return _cut(pixels, box, side)
 
 
-def centre_box(height, width, side):
-  """The part that stands for a picture in evaluation: (top, left, height, width).
+def _open(data) -> tuple[tuple[int, int], Callable, bool]:
+  """(upright (H, W); what turns its pixels upright; whether it is a gray or color JPEG)."""
+  import simplejpeg  # not needed for images in memory
 
-  The central square of 7/8 of the shorter side (as of 256 pixels 224 are taken); a picture of the
-  view's own size is taken whole.
-  """
-  if height == width == side:
-    return 0, 0, side, side
-  edge = max(1, round(min(height, width) * 7 / 8))
-  return (height - edge) // 2, (width - edge) // 2, edge, edge
-
-
-def _open(data):
-  """(upright (H, W); what turns its pixels upright; whether it is a gray or colour JPEG)."""
-  import simplejpeg  # not needed for pictures that lie on the device
-
+  height = width = 0
   try:
-    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    header: Any = simplejpeg.decode_jpeg_header(data)
+    height, width, colors, _ = header
     plain = colors in ('YCbCr', 'RGB', 'Gray')
   except ValueError:
     plain = False
@@ -116,7 +109,7 @@ def _open(data):
     image = _pil(data)
     width, height = image.size
     if image.format != 'PNG' or 'exif' in image.info:  # else PIL would decode it to look
-      with contextlib.suppress(Exception):  # a broken EXIF part says nothing about the picture
+      with contextlib.suppress(Exception):  # a broken EXIF segment says nothing about the image
         orientation = image.getexif().get(_ORIENTATION, 1)
   if height * width > MOST_PIXELS:
     raise UnreadableError(f'has {height} x {width} pixels, more than {MOST_PIXELS:,}')
@@ -126,7 +119,7 @@ def _open(data):
 
 
 def _has_exif(jpeg):
-  """Whether one of a JPEG's segments before the picture holds EXIF data."""
+  """Whether one of a JPEG's segments before the image holds EXIF data."""
   at = 2
   while jpeg[at:at + 1] == b'\xff' and jpeg[at + 1] not in (0xC0, 0xC2, 0xDA):
     if jpeg[at + 4:at + 8] == b'Exif':
@@ -141,8 +134,8 @@ def _pil(data):
     return Image.open(io.BytesIO(data))
   except Image.DecompressionBombError as e:
     raise UnreadableError(f'{e}'.split(',')[0]) from None
-  except Exception as e:  # PIL's plugins raise whatever comes up in a broken file
-    reason = f'is no picture ({type(e).__name__})' if data else 'is empty'
+  except Exception as e:  # PIL's plugins raise all kinds of errors for broken files
+    reason = f'is not an image ({type(e).__name__})' if data else 'is empty'
     raise UnreadableError(reason) from None
 
 
@@ -150,12 +143,13 @@ def _pixels(data, plain, shrink):
   """The stored pixels as [H, W, 3] uint8, 1 / `shrink` of the size where the format allows."""
   if plain:
     import simplejpeg  # as above
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    header: Any = simplejpeg.decode_jpeg_header(data)
+    height, width, _, _ = header
     try:
       return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink),
                                     min_width=-(-width // shrink), min_factor=shrink)
     except ValueError:
-      pass  # what is wrong with it may be harmless: PIL decides
+      pass  # the fault may be harmless: PIL decides
   image = _pil(data)
   try:
     image.draft('RGB', tuple(-(-side // shrink) for side in image.size))
@@ -170,22 +164,22 @@ def _pixels(data, plain, shrink):
       image = Image.alpha_composite(white, image)
     return np.asarray(image.convert('RGB'))
   except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, TypeError) as e:
-    raise UnreadableError(f"can't be decoded ({e})") from None
+    raise UnreadableError(f'cannot be decoded ({e})') from None
 
 
 def _upper_byte(gray):
   """[H, W] of 16 bits -> [H, W, 3] uint8."""
   if gray.size and not 0 <= gray.min() <= gray.max() < 2**16:
-    raise UnreadableError(f'has pixels from {gray.min()} to {gray.max()}, at most 16 bits are read')
+    raise UnreadableError(f'has pixels from {gray.min()} to {gray.max()}, more than 16 bits')
   return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _cut(pixels, box, side):
   """The box, in pixels, resized to [side, side, 3].
 
-  Where that shrinks by a factor s up to `_MOST_BY_TAPS`, and the box has no fractions of pixels,
-  PIL's triangle filter of half-width s is replaced by one of three taps and bilinear interpolation,
-  which together have its variance s² / 6.
+  If that shrinks by a factor s up to `_MOST_BY_TAPS`, and the box has no fractions of pixels, PIL's
+  triangle filter of half-width s is replaced by three taps and bilinear interpolation, which
+  together have the same variance, s² / 6.
   """
   top, left, height, width = box
   scale = height / side, width / side

@@ -1,17 +1,17 @@
-"""Random pictures, for benchmarks: training reads none of them, see `stream.Fake`."""
+"""Random images, for benchmarks: training reads none of them, see `feeds.Fake`."""
 
 import dataclasses
 
 import numpy as np
 
-from instdisc_jax.data import pictures
+from instdisc_jax.data import images
 
 SIDE = 224
 
 
 @dataclasses.dataclass(frozen=True)
 class _Noise:
-  """files[i] is picture i, drawn when asked for."""
+  """files[i] is image i, drawn when it is read."""
   count: int
 
   def __len__(self):
@@ -21,6 +21,6 @@ class _Noise:
     return np.random.RandomState(i).randint(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
-def load(count):
-  """`pictures.Pictures` of noise, without labels."""
-  return pictures.Pictures(_Noise(count), None, f'{count} fake', shape=(SIDE, SIDE, 3))
+def load(count: int) -> images.Images:
+  """`Images` of noise, without labels."""
+  return images.Images(_Noise(count), None, f'{count} fake', shape=(SIDE, SIDE, 3))

@@ -1,24 +1,26 @@
-"""A folder of pictures, of any sizes and formats, with or without classes.
+"""A folder of images, of any sizes and formats, with or without classes.
 
-An image's class is its first sub-folder; if any image lies at the root the set is unlabelled,
-unless there is a `labels.csv` there with a line `path,label` for each image. The index of an image
-is its place in the sorted list of paths. That list, with sizes, is kept in the workdir, and a
-folder that no longer agrees with it is an error: another image would stand behind a row of the
-bank.
+An image's class is its first sub-folder; if any image is at the root, the set is unlabelled, unless
+there is a `labels.csv` at the root with a line `path,label` for each image. The index of an image
+is its place in the sorted list of paths. That list, with file sizes, is kept in the workdir, and a
+folder that no longer matches it is an error: a row of the bank would correspond to another image.
 """
 
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 import csv
 import dataclasses
 import hashlib
 import json
 import os
+from typing import Any
 
+from jaxtyping import Int
 import numpy as np
 
-from instdisc_jax import errors, files
 from instdisc_jax.data import decode
-from instdisc_jax.data import pictures as pictures_lib
+from instdisc_jax.data import images as images_lib
+from instdisc_jax.runtime import errors, files, metrics
 
 LISTING = 'files.json'
 LABELS = 'labels.csv'
@@ -39,8 +41,8 @@ class Files:
     with open(os.path.join(self.root, self.paths[i]), 'rb') as file:
       return file.read()
 
-  def stamp(self):
-    """A digest of where the files lie and of when each was last changed."""
+  def stamp(self) -> str:
+    """A digest of where the files are and of when each was last changed."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
     for name in self.paths:
       path = os.path.join(self.root, name)
@@ -48,65 +50,69 @@ class Files:
     return digest.hexdigest()[:16]
 
 
-def load(path, on_unreadable, workdir=None, setting='set --config.dataset.name=folder:PATH'):
-  """Reads the names and sizes of all pictures below a folder.
+def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None = None,
+         setting: str = 'dataset.name'
+         ) -> tuple[images_lib.Images, tuple[str, ...] | None, dict[str, Any]]:
+  """Reads the names and sizes of all images below a folder.
 
   Args:
     path: the folder.
-    on_unreadable: 'error': a file that can't be decoded ends the run when it is met; 'skip': all
-      are decoded once beforehand, and such files left out.
-    workdir: where an earlier run's listing may lie, or None.
-    setting: what to change if the folder is not as it must be.
+    on_unreadable: 'error': a file that cannot be decoded ends the run when it is reached; 'skip':
+      all are decoded once beforehand, and such files are left out.
+    workdir: where the listing of an earlier run may be, or None.
+    setting: the setting or argument that names the folder.
 
   Returns:
-    (`pictures.Pictures`, class names or None, listing): the listing is what `keep` writes.
+    (`Images`, class names or None, listing): the listing is what `keep` writes.
 
   Raises:
-    errors.UserError: no folder, no pictures, a wrong labels.csv, or a folder that has changed since
-      the workdir was begun.
+    errors.UserError: no folder, no images, a wrong labels.csv, or a folder that has changed since
+      the workdir was started.
   """
+  remedy = f'set <{setting}>' + ('=folder:PATH' if setting == 'dataset.name' else '')
   root = os.path.abspath(os.path.expanduser(path))
   if not os.path.isdir(root):
-    raise errors.UserError(f"no folder '{path}': {setting}")
+    raise errors.UserError(f"no folder '{path}'", None, remedy, setting)
   try:
     found = scan(root)
   except OSError as e:
-    raise errors.UserError(f"'{e.filename}' can't be read ({e.strerror}): {setting} to a folder "
-                           'that can') from e
+    raise errors.UserError(f"'{e.filename}' cannot be read ({e.strerror})", None,
+                           f'{remedy} to a readable folder', setting) from e
   listing = None if workdir is None else read(workdir)
   if listing is not None:
     _check_unchanged(root, found, listing, workdir)
   if not found:
-    raise errors.UserError(f"'{path}' has no pictures ({', '.join(_SUFFIXES)}): {setting} to a "
-                           'folder that has')
+    raise errors.UserError(f"'{path}' has no images ({', '.join(_SUFFIXES)})", None,
+                           f'{remedy} to a folder that has some', setting)
   if listing is None:
     unreadable = _find_unreadable(root, sorted(found)) if on_unreadable == 'skip' else {}
     listing = {'files': dict(sorted(found.items())), 'unreadable': unreadable}
     if len(unreadable) == len(found):
-      raise errors.UserError(f"none of the {len(found)} pictures in '{path}' can be read (the "
-                             f'first {next(iter(unreadable.values()))}): {setting}')
+      raise errors.UserError(
+          f"none of the {len(found)} images in '{path}' can be read (the first "
+          f'{next(iter(unreadable.values()))})', None, remedy, setting)
     if unreadable:
       name, why = next(iter(unreadable.items()))
-      errors.warn(f'{len(unreadable)} of {len(found)} files are left out, since they give no '
-                  f"picture; the first: '{name}' {why}")
+      errors.warn(f'{len(unreadable)} of {len(found)} files are left out because they cannot be '
+                  f"read as images; the first: '{name}' {why}")
   paths = [name for name in listing['files'] if name not in listing['unreadable']]
   labels, class_names = _classes(root, paths)
   digest = hashlib.sha256()
   for name in paths:
     digest.update(f'{name}\0{found[name]}\n'.encode('utf8', 'surrogateescape'))
-  pictures = pictures_lib.Pictures(
+  images = images_lib.Images(
       Files(root, paths), labels, f'{len(paths)} files {digest.hexdigest()}', names=paths)
-  return pictures, class_names, listing
+  return images, class_names, listing
 
 
-def scan(root):
-  """{path below the root, with '/': size in bytes} of all pictures; links are followed.
+def scan(root: str) -> dict[str, int]:
+  """{path below the root, with '/': size in bytes} of all images; links are followed.
 
-  Every folder is visited once: through a link only if it does not lie below the root itself, so
-  loops end and no picture has two indices. A link to nothing has the size -1.
+  Every folder is visited once: through a link only if it is not below the root itself, so loops end
+  and no image has two indices. A dangling link has the size -1.
   """
   found, seen, folders, links = {}, set(), [''], []
-  with pictures_lib.progress('scanning') as progress:
+  with metrics.progress_bar('scanning') as progress:
     task = progress.add_task('scanning')
     while folders or links:
       folder = folders.pop() if folders else links.pop(0)
@@ -127,12 +133,12 @@ def scan(root):
   return found
 
 
-def read(workdir):
+def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   """The listing kept in a workdir, or None.
 
   Returns:
     {'files': {path: size in bytes}, 'unreadable': {path: why}, 'rows': [path]}, the last being the
-    pictures behind the rows of the bank.
+    images of the rows of the bank.
 
   Raises:
     errors.UserError: it is broken.
@@ -145,16 +151,17 @@ def read(workdir):
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(f"'{file}' is no listing of pictures ({errors.one_line(e)}): put it "
-                           'back, or set another --workdir') from e
+    raise errors.UserError(f"'{file}' is not a listing of images ({errors.one_line(e)})", None,
+                           'restore it, or set another <--workdir>', '--workdir') from e
 
 
-def keep(listing, rows, workdir):
-  """Writes the listing into a workdir that has none, and beside it the unreadable files by name.
+def keep(listing: dict[str, Any], rows: Sequence[str],
+         workdir: str | os.PathLike[str]) -> None:
+  """Writes the listing into a workdir that has none, and beside it the names of unreadable files.
 
   Args:
-    listing: as `load` gives it.
-    rows: the paths of the training pictures, in order.
+    listing: as `load` returns it.
+    rows: the paths of the training images, in order.
     workdir: of the run.
   """
   file = files.place(workdir) / LISTING
@@ -166,13 +173,14 @@ def keep(listing, rows, workdir):
   files.write(file, json.dumps(listing | {'rows': rows}))
 
 
-def rows_of(listing, names, sizes):
-  """The rows that a run's bank has for pictures: [n] int32, -1 where it has none.
+def rows_of(listing: Mapping[str, Any], names: Sequence[str],
+            sizes: Mapping[str, int]) -> Int[np.ndarray, ' n']:
+  """The rows that a run's bank has for images: [n] int32, -1 where it has none.
 
   Args:
     listing: of the run, see `read`.
     names: [n] paths.
-    sizes: {path: size in bytes}; a picture of another size is another picture.
+    sizes: {path: size in bytes}; a file of another size is another image.
   """
   row = {name: i for i, name in enumerate(listing['rows'])}
   known = lambda name: listing['files'].get(name) == sizes[name]
@@ -187,24 +195,26 @@ def _check_unchanged(root, found, listing, workdir):
       ('added', added), ('removed', removed), ('changed in size', changed)) if names]
   if differences:
     raise errors.UserError(
-        f"'{root}' has changed since '{workdir}' was begun: {', '.join(differences)}; a row of the "
-        'bank would stand for another picture: put the files back, or set --config.model.init='
-        f'{workdir} and a new --workdir to go on from this run')
+        f"'{root}' has changed since '{workdir}' was started: {', '.join(differences)}; rows of "
+        'the bank would correspond to other images', setting='dataset.name',
+        remedy=f'restore the files, or set <model.init>={workdir} and a new <--workdir> to start '
+               'from this run')
 
 
 def _find_unreadable(root, names):
-  """{path: why} of the files that can't be decoded."""
+  """{path: why} of the files that cannot be decoded."""
   files = Files(root, names)
 
   def fault(i):
     try:
       decode.decode(files[i])
     except (OSError, decode.UnreadableError) as e:
-      return getattr(e, 'strerror', None) or str(e)
+      return errors.reason(e)
+    return None
 
   faults = {}
   with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        pictures_lib.progress('decoding all once') as progress):
+        metrics.progress_bar('decoding all once') as progress):
     for name, why in progress.track(zip(names, pool.map(fault, range(len(names)))), len(names)):
       if why is not None:
         faults[name] = why
@@ -219,9 +229,10 @@ def _classes(root, paths):
     missing = [name for name in paths if name not in given]
     if missing:
       raise errors.UserError(
-          f"'{file}' has no line for {len(missing)} of the {len(paths)} pictures, must have a line "
-          f"path,label for each: add '{missing[0]}'" + (' and the others' if missing[1:] else '')
-          + ', or remove the file to train without labels')
+          f"'{file}' has no line for {len(missing)} of the {len(paths)} images",
+          'a list with a line path,label for each',
+          f"add '{missing[0]}'" + (' and the others' if missing[1:] else '')
+          + ', or remove the file to train without labels', 'dataset.name')
     names = [given[name] for name in paths]
   elif any('/' not in name for name in paths):
     return None, None
@@ -237,10 +248,11 @@ def _read_labels(file):
     with open(file, newline='', encoding='utf8') as lines:
       rows = [row for row in csv.reader(lines) if row]
   except (OSError, ValueError, csv.Error) as e:
-    raise errors.UserError(f"'{file}' can't be read ({e}): make it lines of path,label in UTF-8"
-                           ) from e
+    raise errors.UserError(f"'{file}' cannot be read ({e})", None,
+                           'make it lines of path,label in UTF-8', 'dataset.name') from e
   wrong = next((row for row in rows if len(row) != 2), None)
   if wrong is not None:
-    raise errors.UserError(f"'{file}' has the line '{','.join(wrong)}', must have lines of "
-                           'path,label: mend it, or remove the file to train without labels')
+    raise errors.UserError(f"'{file}' has the line '{','.join(wrong)}'", 'lines of path,label',
+                           'correct it, or remove the file to train without labels',
+                           'dataset.name')
   return {name.strip(): label.strip() for name, label in rows}

@@ -1,16 +1,17 @@
 """Which image comes when.
 
 The order is an endless chain of seeded permutations of 0..N-1, cut into batches of B. No batch is
-short; one may straddle two epochs. What stands at a place of the chain is a function of (seed,
-place) alone: there is no iterator to save, and any process may ask for any step.
+short; one may straddle two epochs. The image at a place in the chain is a function of (seed, place)
+alone: there is no iterator to save, and any process may ask for any step.
 """
 
 import functools
 
+from jaxtyping import Int
 import numpy as np
 
 
-def batch_index(seed, step, batch_size, num_rows):
+def batch_index(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.ndarray, ' B']:
   """Image indices of the batch at `step`.
 
   Args:

@@ -1,53 +1,55 @@
-"""How the embeddings lie on the sphere, and how far the memory bank lags behind them."""
+"""How the embeddings are distributed on the sphere, and how far the memory bank lags behind."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 import numpy as np
 
-_PAIRS = 4096  # pictures whose pairs uniformity is taken over: all of them, or a seeded sample
+_PAIRS = 4096  # most images whose pairs uniformity averages over: all, or a seeded sample
 
 
-def alignment(first, second):
+def alignment(first: Float[np.ndarray, 'N D'], second: Float[np.ndarray, 'N D']) -> float:
   """Mean squared distance of two views' embeddings (Wang and Isola, 2020, Eq. 1, α = 2).
 
   Args:
-    first: [N, D] unit-norm embeddings of one view of each picture.
+    first: [N, D] unit-norm embeddings of one view of each image.
     second: [N, D] of another.
 
   Returns:
-    A float from 0 (the views are one) to 4.
+    A float from 0 (the embeddings of the views are identical) to 4.
   """
   return float(np.mean(np.sum((first - second)**2, axis=1)))
 
 
-def class_alignment(embedding, labels):
-  """Mean squared distance of two pictures of a class, over all such pairs; the mean of the classes.
+def class_alignment(embedding: Float[np.ndarray, 'N D'],
+                    labels: Int[np.ndarray, ' N']) -> float | None:
+  """Mean squared distance of two images of a class, over all such pairs; the mean of the classes.
 
   Args:
     embedding: [N, D] unit-norm.
     labels: [N] int.
 
   Returns:
-    A float from 0 to 4, or None where no class has two pictures.
+    A float from 0 to 4, or None if no class has two images.
   """
   means = []
   for c in np.unique(labels):
     x = np.asarray(embedding[labels == c], np.float64)
-    if len(x) > 1:  # the squared norm of a sum is the sum over all pairs, also with itself
+    if len(x) > 1:  # the squared norm of a sum is the sum over all pairs, self-pairs included
       cosine = (np.sum(x.sum(axis=0)**2) - np.sum(x**2)) / (len(x) * (len(x) - 1))
       means.append(2 - 2 * cosine)
   return float(np.mean(means)) if means else None
 
 
-def uniformity(embedding, seed=0):
+def uniformity(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> float:
   """Log of the mean Gaussian potential of all pairs (Wang and Isola, 2020, Eq. 2, t = 2).
 
   Args:
-    embedding: [N, D] unit-norm; of more than 4,096 a sample is taken.
+    embedding: [N, D] unit-norm; more than 4,096 are sampled.
     seed: of the sample.
 
   Returns:
-    A float: 0 if all are alike, below if they spread.
+    A float: 0 if all are identical, lower if they spread out.
   """
   if len(embedding) > _PAIRS:
     embedding = embedding[np.random.RandomState(seed).permutation(len(embedding))[:_PAIRS]]
@@ -62,8 +64,8 @@ def _uniformity(x):
   return jnp.log(potential.sum() / (n * (n - 1)))
 
 
-def effective_rank(embedding):
-  """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+def effective_rank(embedding: Float[np.ndarray, 'N D']) -> float:
+  """exp of the entropy of the normalized singular values (Roy and Vetterli, 2007).
 
   Args:
     embedding: [N, D].
@@ -76,12 +78,12 @@ def effective_rank(embedding):
   return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def staleness(bank, embedding):
-  """1 - mean cosine of a picture's row in the bank and its fresh embedding.
+def staleness(bank: Float[np.ndarray, 'N D'], embedding: Float[np.ndarray, 'N D']) -> float:
+  """1 - mean cosine of an image's row in the bank and its fresh embedding.
 
   Args:
     bank: [N, D] unit-norm rows.
-    embedding: [N, D] unit-norm, of the same pictures.
+    embedding: [N, D] unit-norm, of the same images.
 
   Returns:
     A float from 0 (the bank is up to date) to 2.

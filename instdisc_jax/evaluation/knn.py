@@ -1,35 +1,42 @@
-"""Weighted k-nearest-neighbour classification (Section 3.4), exact, on a sharded bank.
+"""Weighted k-nearest-neighbor classification (Section 3.4), exact, on a sharded bank.
 
 The K rows most similar to a query vote for their labels, each with the weight exp(s / τ).
 """
 
+from collections.abc import Sequence
 import functools
 import inspect
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import losses, train
+from instdisc_jax import linalg
+from instdisc_jax.runtime.mesh import AXIS
 
+_AnyArray = Array | np.ndarray
 _BLOCK = 16  # rows per block maximum; larger was slower on CPU
 _SCORES = 2**25  # most scores held at once, 128 MiB in float32
-# JAX after July 2026: an order of ties left open, which lets GPUs select instead of sort.
-_UNSTABLE = {'is_stable': False} if 'is_stable' in inspect.signature(lax.top_k).parameters else {}
+# JAX after July 2026: the order of ties may be left open, which lets GPUs select instead of sort.
+_HAS_UNSTABLE = 'is_stable' in inspect.signature(lax.top_k).parameters
+_UNSTABLE: dict[str, Any] = {'is_stable': False} if _HAS_UNSTABLE else {}
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'num_classes', 'axis_name', 'num_rows'))
-def class_scores(queries, bank, labels, *, k, temperature, num_classes, axis_name=None,
-                 num_rows=None):
+def class_scores(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'], labels: Int[Array, ' N'],
+                 *, k: int, temperature: float, num_classes: int, axis_name: str | None = None,
+                 num_rows: int | None = None) -> Float[Array, 'Q C']:
   """Votes for each class.
 
   Args:
     queries: [Q, D] unit-norm.
     bank: [N, D] unit-norm rows, or the local shard.
-    labels: [N] int, of all rows on every device.
+    labels: [N] int, of all rows, on every device.
     k: K <= N.
     temperature: τ > 0.
     num_classes: C.
@@ -43,19 +50,23 @@ def class_scores(queries, bank, labels, *, k, temperature, num_classes, axis_nam
   return vote(similarity, labels[row], temperature, num_classes)
 
 
-def vote(similarity, label, temperature, num_classes):
-  """[Q, K] similarities and labels of the neighbours -> [Q, C] scores."""
+def vote(similarity: Float[_AnyArray, 'Q K'], label: Int[_AnyArray, 'Q K'], temperature: float,
+         num_classes: int) -> Float[Array, 'Q C']:
+  """[Q, K] similarities and labels of the neighbors -> [Q, C] scores."""
   weight = jnp.exp(similarity / temperature)
   queries = jnp.arange(label.shape[0])[:, None]
   return jnp.zeros((label.shape[0], num_classes), weight.dtype).at[queries, label].add(weight)
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows', 'recall_target'))
-def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None, recall_target=None):
+def nearest(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'],
+            own_row: Int[Array, ' Q'] | None = None, *, k: int, axis_name: str | None = None,
+            num_rows: int | None = None, recall_target: float | None = None
+            ) -> tuple[Float[_AnyArray, 'Q K'], Int[_AnyArray, 'Q K']]:
   """The K most similar rows of each query, exact up to ties, most similar first.
 
-  Queries are taken in chunks, so that no more than 2^25 scores are held at once. Under
-  `axis_name` each device finds the K best of its rows; only those are exchanged.
+  Queries are processed in chunks, so that no more than 2^25 scores are held at once. With
+  `axis_name`, each device finds the K best of its rows, and only those are exchanged.
 
   Args:
     queries: [Q, D].
@@ -64,8 +75,8 @@ def nearest(queries, bank, own_row=None, *, k, axis_name=None, num_rows=None, re
     k: K, at most N (N - 1 with `own_row`).
     axis_name: mesh axis over which the rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
-    recall_target: None for the exact search; else the share of the K best that an approximate one
-      should find, in less time on a TPU (elsewhere it is exact, and slower).
+    recall_target: None for the exact search; else the share of the K best that an approximate
+      search should find, in less time on a TPU (elsewhere it is exact, and slower).
 
   Returns:
     (similarity [Q, K], row [Q, K] int32).
@@ -83,7 +94,7 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target
   n = bank.shape[0]
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
   position = jnp.arange(n)
-  score = losses.score_rows(query[None], bank)[0]
+  score = linalg.score_rows(query[None], bank)[0]
   if axis_name is not None or num_rows not in (None, n):
     padding = position >= bank_lib.count_local_rows(bank, axis_name, num_rows)
     score = jnp.where(padding, -jnp.inf, score)
@@ -101,15 +112,15 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target
   return similarity, row
 
 
-def top_k(scores, k):
-  """The k largest of `scores` [n] and their positions, without sorting them all.
+def top_k(scores: Float[Array, ' n'], k: int) -> tuple[Float[Array, ' k'], Int[Array, ' k']]:
+  """The k largest of `scores` and their positions, without sorting all of them.
 
-  They lie within the k blocks with the largest maxima, so only those are searched. GPUs have a
-  selection of their own.
+  They are in the k blocks with the largest maxima, so only those are searched. GPUs have their own
+  selection.
   """
   num_blocks = -(-scores.shape[0] // _BLOCK)
   if num_blocks <= k:
-    return lax.top_k(scores, k)
+    return _pair(lax.top_k(scores, k))
 
   def among_best_blocks(scores):
     blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
@@ -120,24 +131,32 @@ def top_k(scores, k):
 
   if not _UNSTABLE:
     return among_best_blocks(scores)
-  return lax.platform_dependent(scores, cuda=lambda x: tuple(lax.top_k(x, k, **_UNSTABLE)),
+  return lax.platform_dependent(scores, cuda=lambda x: _pair(lax.top_k(x, k, **_UNSTABLE)),
                                 default=among_best_blocks)
 
 
-def map_over_mesh(mesh, k, num_rows, recall_target=None):
+def _pair(values) -> tuple[Any, Any]:
+  best, place = values
+  return best, place
+
+
+def over_mesh(mesh: jax.sharding.Mesh, k: int, num_rows: int,
+              recall_target: float | None = None) -> Any:
   """`nearest` for a bank sharded over the mesh: (queries, bank, own_row) -> the same on all."""
   return jax.jit(jax.shard_map(
-      functools.partial(nearest, k=k, axis_name=train.AXIS, num_rows=num_rows,
+      functools.partial(nearest, k=k, axis_name=AXIS, num_rows=num_rows,
                         recall_target=recall_target), mesh=mesh,
-      in_specs=(P(), P(train.AXIS), P()), out_specs=P(),
-      check_vma=False))  # the gathered candidates are alike on all devices; its types can't tell
+      in_specs=(P(), P(AXIS), P()), out_specs=P(),
+      check_vma=False))  # the gathered candidates are the same on all devices, unknown to its types
 
 
-def top1(similarity, row, labels, query_labels, temperature):
-  """Share of queries whose neighbours vote for their own label.
+def top1(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
+         labels: Int[np.ndarray, ' N'], query_labels: Int[np.ndarray, ' Q'],
+         temperature: float) -> float:
+  """Share of queries whose neighbors vote for the query's label.
 
   Args:
-    similarity: [Q, K] of the neighbours.
+    similarity: [Q, K] of the neighbors.
     row: [Q, K] int, their rows.
     labels: [N] int.
     query_labels: [Q] int.
@@ -150,16 +169,18 @@ def top1(similarity, row, labels, query_labels, temperature):
   return top1_grid(similarity, row, labels, query_labels, [k], [temperature])[k, temperature]
 
 
-def top1_grid(similarity, row, labels, query_labels, ks, temperatures):
-  """`top1` for every K and τ from one search: the K nearest are the first K of the most asked for.
+def top1_grid(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
+              labels: Int[np.ndarray, ' N'], query_labels: Int[np.ndarray, ' Q'],
+              ks: Sequence[int], temperatures: Sequence[float]) -> dict[tuple[int, float], float]:
+  """`top1` for every K and τ from one search: the K nearest are the first K found.
 
   Args:
-    similarity: [Q, K'] of the neighbours, most similar first, K' the largest K.
+    similarity: [Q, K'] of the neighbors, most similar first, K' the largest K.
     row: [Q, K'] int, their rows.
     labels: [N] int.
     query_labels: [Q] int.
-    ks: the K, each at most K'.
-    temperatures: the τ.
+    ks: values of K, each at most K'.
+    temperatures: values of τ.
 
   Returns:
     {(K, τ): top-1}.
@@ -173,11 +194,6 @@ def top1_grid(similarity, row, labels, query_labels, ks, temperatures):
   return correct
 
 
-def unit(rows):
-  """Rows [N, D] with a norm of 1, on the host; zeros stay."""
-  return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def recall(row, exact_row):
-  """Share of the exact neighbours [Q, K] among those found [Q, K]."""
+def recall(row: Int[np.ndarray, 'Q K'], exact_row: Int[np.ndarray, 'Q K']) -> float:
+  """Share of the exact neighbors [Q, K] among those found [Q, K]."""
   return float(np.mean([np.isin(exact, found).mean() for exact, found in zip(exact_row, row)]))

@@ -1,35 +1,39 @@
 """Linear classifiers on frozen features: a softmax probe and, as in the paper's Table 1, an SVM."""
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 import numpy as np
 import optax
 from sklearn import pipeline, preprocessing, svm
 
 _RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # learning rates, for features with a norm near 1
 _COSTS = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the SVM
-_HELD_OUT = 0.1  # of the training pictures, to choose among them
+_HELD_OUT = 0.1  # of the training images, to choose hyperparameters on
 _BATCH = 256
 _EPOCHS, _LEAST_STEPS = 30, 600
 _WEIGHT_DECAY = 1e-5
 
 
-def linear(train, train_labels, test, test_labels, *, num_classes, seed=0):
-  """A softmax classifier by SGD, its learning rate chosen on a part of the training set.
+def linear(train: Float[np.ndarray, 'N F'], train_labels: Int[np.ndarray, ' N'],
+           test: Float[np.ndarray, 'Q F'], test_labels: Int[np.ndarray, ' Q'], *,
+           num_classes: int, seed: int = 0) -> dict[str, Any]:
+  """A softmax classifier by SGD, its learning rate chosen on a held-out part of the training set.
 
-  Features are standardised with the training set's mean and deviation. All of them lie on the
-  device.
+  Features are standardized with the training set's mean and standard deviation. All of them are on
+  the device.
 
   Args:
     train: [N, F] features.
     train_labels: [N] int.
-    test: [Q, F]; looked at once, after the choice.
+    test: [Q, F]; used once, after the choice.
     test_labels: [Q] int.
     num_classes: C.
-    seed: of the split and of the batches.
+    seed: of the split and the batches.
 
   Returns:
     {'top1', 'top5' (None below 6 classes), 'learning_rate'}.
@@ -52,7 +56,7 @@ def linear(train, train_labels, test, test_labels, *, num_classes, seed=0):
 
 @functools.partial(jax.jit, static_argnames=('num_classes', 'num_steps'))
 def _fit(features, labels, rates, seed, *, num_classes, num_steps):
-  """(weights [R, F, C], biases [R, C]) for each of R learning rates, from the same batches."""
+  """(weights [R, F, C], biases [R, C]) for each of R learning rates, on the same batches."""
   n, dim = features.shape
   schedule = optax.cosine_decay_schedule(1.0, num_steps)
   optimizer = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.trace(0.9, nesterov=True))
@@ -62,6 +66,7 @@ def _fit(features, labels, rates, seed, *, num_classes, num_steps):
     return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean()
 
   def step(carry, t):
+    params, state = carry
     rows = jax.random.randint(jax.random.fold_in(jax.random.key(seed), t), (_BATCH,), 0, n)
     x, y = features[rows], labels[rows]
 
@@ -69,7 +74,7 @@ def _fit(features, labels, rates, seed, *, num_classes, num_steps):
       updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
       return jax.tree.map(lambda p, u: p - rate * schedule(t) * u, params, updates), state
 
-    return jax.vmap(update)(*carry, rates), None
+    return jax.vmap(update)(params, state, rates), None
 
   def begin(_):
     params = {'w': jnp.zeros((dim, num_classes)), 'b': jnp.zeros(num_classes)}
@@ -79,8 +84,10 @@ def _fit(features, labels, rates, seed, *, num_classes, num_steps):
   return params['w'], params['b']
 
 
-def support_vectors(train, train_labels, test, test_labels, *, seed=0):
-  """A linear SVM, one class against the rest, on standardised features; C chosen as in `linear`.
+def support_vectors(train: Float[np.ndarray, 'N F'], train_labels: Int[np.ndarray, ' N'],
+                    test: Float[np.ndarray, 'Q F'], test_labels: Int[np.ndarray, ' Q'], *,
+                    seed: int = 0) -> dict[str, Any]:
+  """A linear SVM, one against the rest, on standardized features; C chosen as in `linear`.
 
   Args:
     train: [N, F] features.
@@ -99,7 +106,7 @@ def support_vectors(train, train_labels, test, test_labels, *, seed=0):
 
   held_out, rest = _split(len(train), seed)
   right = [0.0]
-  if len(np.unique(train_labels[rest])) > 1:  # of a handful of pictures one class may be left
+  if len(np.unique(train_labels[rest])) > 1:  # a handful of images may leave one class
     right = [fit(rest, cost).score(train[held_out], train_labels[held_out]) for cost in _COSTS]
   best = _COSTS[int(np.argmax(right))]
   final = fit(np.arange(len(train)), best)
@@ -112,11 +119,12 @@ def _split(n, seed):
   return np.split(shuffled, [max(1, round(_HELD_OUT * n))])
 
 
-def top_k(scores, labels, k):
-  """Share of rows whose label is among the k best scores; None where those are all.
+def top_k(scores: Float[np.ndarray, 'Q C'], labels: Int[np.ndarray, ' Q'],
+          k: int) -> float | None:
+  """Share of rows whose label is among the k best scores; None if there are no more than k classes.
 
   Args:
-    scores: [Q, C]; -inf of a class that is not among them, however few there are.
+    scores: [Q, C]; -inf for a class that is never among the best.
     labels: [Q] int.
     k: how many.
   """

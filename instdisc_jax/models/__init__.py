@@ -1,7 +1,9 @@
 """Encoders by name."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from instdisc_jax.models import alexnet, resnet, vgg
@@ -13,7 +15,7 @@ _RESNETS = {
     'resnet50': (resnet.Bottleneck, (3, 4, 6, 3)),
     'resnet101': (resnet.Bottleneck, (3, 4, 23, 3)),
 }
-_ENCODERS = {
+_ENCODERS: dict[str, Any] = {
     'alexnet': alexnet.AlexNet,
     'vgg16': functools.partial(vgg.VGG, False),
     'vgg16_bn': functools.partial(vgg.VGG, True),
@@ -22,11 +24,13 @@ for _name, (_block, _sizes) in _RESNETS.items():
   _ENCODERS[_name] = functools.partial(resnet.ResNet, _block, _sizes, False)
   _ENCODERS[f'{_name}_cifar'] = functools.partial(resnet.ResNet, _block, _sizes, True)
 
+__all__ = ['NAMES', 'SMALLEST_SIDE', 'create']
 NAMES = tuple(sorted(_ENCODERS))
-SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image, in pixels; else any
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image in pixels; else any
 
 
-def create(name, *, embedding_dim=128, width=64, dtype=jnp.float32, batch_norm_axis=None):
+def create(name: str, *, embedding_dim: int = 128, width: int = 64, dtype: Any = jnp.float32,
+           batch_norm_axis: str | None = None) -> nn.Module:
   """The encoder called `name`, a Linen module.
 
   Args:
@@ -34,7 +38,7 @@ def create(name, *, embedding_dim=128, width=64, dtype=jnp.float32, batch_norm_a
     embedding_dim: D.
     width: channels of the first stage; 64 in the literature.
     dtype: of the computation, e.g. `jnp.bfloat16`; parameters stay float32.
-    batch_norm_axis: mesh axis over which batch norm is synchronised; None for each device's own.
+    batch_norm_axis: mesh axis over which batch norm is synchronized; None for each device's own.
 
   Returns:
     A module with `module.apply(variables, images[B, H, W, 3], train) -> [B, D]`, unit-norm.

@@ -1,7 +1,7 @@
-"""AlexNet with batch norm, as papers on unsupervised features use it: images in, embeddings out.
+"""AlexNet with batch norm, as used in papers on unsupervised features: from images to embeddings.
 
 Five convolutions of 96, 256, 384, 384 and 256 channels and two linear layers of 4,096, each
-followed by batch norm and ReLU; no local response normalisation, no groups, no dropout. Modules
+followed by batch norm and ReLU; no local response normalization, no groups, no dropout. Modules
 are numbered as in a PyTorch `Sequential`, so that weights convert by name.
 """
 
@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
 
-# (index in `features`, channels at width 64, kernel, stride, padding, max pooling behind it)
+# (index in `features`, channels at width 64, kernel, stride, padding, followed by max pooling)
 _CONVS = ((0, 96, 11, 4, 2, True), (4, 256, 5, 1, 2, True), (8, 384, 3, 1, 1, False),
           (11, 384, 3, 1, 1, False), (14, 256, 3, 1, 1, True))
-POOLED = 6  # the picture's side before the linear layers
+POOLED = 6  # side of the feature map before the linear layers
 
 
 class AlexNet(nn.Module):
-  """Images [B, H, W, 3] of at least 63 pixels a side -> unit-norm embeddings [B, D].
+  """Images [B, H, W, 3] of at least 63 pixels per side -> unit-norm embeddings [B, D].
 
   Attributes:
     embedding_dim: D.
-    width: 64 for the channels above; others scale with it.
+    width: 64 for the channels above, which scale with it.
     dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronised batch norm, or None for per-device statistics.
+    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   embedding_dim: int = 128
   width: int = 64

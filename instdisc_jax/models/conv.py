@@ -1,18 +1,19 @@
 """Convolution whose weight gradient is fast on CPUs too.
 
-XLA:CPU computes the weight gradient of a whole batch as one convolution with a picture-sized
-kernel, several times slower than its other convolutions; as a sum over pieces of the batch it runs
-at their speed. The result is the same sum in another order. Other platforms keep XLA's own.
+XLA:CPU computes the weight gradient of a full batch as one convolution with a kernel as large as
+the image, several times more slowly than other convolutions; as a sum over pieces of the batch it
+runs at their speed. The result is the same sum in another order. Other platforms keep XLA's own.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-_PIECE = 2**17  # numbers of the result's gradient in a piece, on CPU: about half a core's cache
+_PIECE = 2**17  # values of the output gradient in a piece, on CPU: about half a core's cache
 
 
 class Conv(nn.Module):
@@ -21,11 +22,11 @@ class Conv(nn.Module):
   Attributes:
     features: output channels.
     kernel_size: k, for a k x k kernel.
-    stride: of both picture axes.
+    stride: of both image axes.
     dtype: of the computation.
-    kernel_init: initialiser of the kernel [k, k, C, features].
+    kernel_init: initializer of the kernel [k, k, C, features].
     padding: zeros on each side; by default (k - 1) / 2.
-    use_bias: adds one number per channel, which starts at zero.
+    use_bias: whether to add a bias, initialized to zero.
   """
   features: int
   kernel_size: int
@@ -48,10 +49,12 @@ class Conv(nn.Module):
     return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x, kernel, stride, padding):
+def _convolve(x, kernel, stride, padding) -> jax.Array:
   return lax.conv_general_dilated(x, kernel, (stride, stride), ((padding, padding),) * 2,
                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+_conv: Any = jax.custom_vjp(_convolve, nondiff_argnums=(2, 3))
 
 
 def _forward(x, kernel, stride, padding):
@@ -60,7 +63,7 @@ def _forward(x, kernel, stride, padding):
 
 def _backward(stride, padding, saved, cotangent):
   x, kernel = saved
-  conv = functools.partial(_conv.fun, stride=stride, padding=padding)
+  conv = functools.partial(_convolve, stride=stride, padding=padding)
   x_grad, = jax.vjp(lambda x: conv(x, kernel), x)[1](cotangent)
   whole = lambda x, g: jax.vjp(lambda k: conv(x, k), kernel)[1](g)[0]
 

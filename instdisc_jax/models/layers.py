@@ -1,4 +1,4 @@
-"""What the encoders share: batch norm, linear layers, pooling, and the unit-norm head."""
+"""Layers that the encoders share: batch norm, linear layers, pooling, and the unit-norm head."""
 
 from typing import Any
 
@@ -6,21 +6,22 @@ import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
-from instdisc_jax import bank as bank_lib
+from instdisc_jax import linalg
 
-# PyTorch's default, U(±1/sqrt(fan_in)), which the published CIFAR net keeps; its ImageNet net draws
-# N(0, 2 / fan_out). Under batch norm the scale matters only through the size of relative updates.
+# PyTorch's default, U(±1/sqrt(fan_in)), which the published CIFAR net keeps; the ImageNet net draws
+# N(0, 2 / fan_out). Under batch norm the scale only matters for the relative size of updates.
 TORCH_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 HE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation with PyTorch's conventions: the running variance is the unbiased one.
+  """Batch normalization with PyTorch's conventions: the running variance is the unbiased one.
 
   Attributes:
-    train: normalise by the batch's own statistics and update the running ones.
+    train: normalize by the batch's own statistics and update the running ones.
     axis_name: mesh axis over which statistics are averaged; None for each device's own batch.
     dtype: of the output.
     momentum: running = momentum * running + (1 - momentum) * batch.
@@ -63,8 +64,9 @@ def _moments(x, axis_name):
   return moments[0], moments[1]
 
 
-def linear(x, features, dtype, **kwargs):
-  """A linear layer with PyTorch's default start values, U(±1/sqrt(fan_in)) for its bias too.
+def linear(x: Float[Array, '... C'], features: int, dtype: Any,
+           **kwargs: Any) -> Float[Array, '... F']:
+  """A linear layer with PyTorch's default initialization, U(±1/sqrt(fan_in)) for its bias too.
 
   Args:
     x: [..., C].
@@ -81,28 +83,30 @@ def linear(x, features, dtype, **kwargs):
                   kernel_init=TORCH_INIT, bias_init=bias_init, **kwargs)(x)
 
 
-def embed(x, embedding_dim, dtype):
-  """The head `fc` of every encoder: [B, C] -> unit-norm [B, D], without rounding to less."""
-  return bank_lib.normalize(
+def embed(x: Float[Array, 'B C'], embedding_dim: int, dtype: Any) -> Float[Array, 'B D']:
+  """The head `fc` of every encoder: [B, C] -> unit-norm [B, D], at full precision."""
+  return linalg.normalize(
       linear(x, embedding_dim, dtype, precision=lax.Precision.HIGHEST, name='fc'))
 
 
-def show(module, name, x):
-  """Lets who asks for the collection 'stages' see what a stage gives; others pay nothing."""
+def show(module: nn.Module, name: str, x: Any) -> None:
+  """Adds the output of a stage to the collection 'stages', at no cost if nobody asks for it."""
   if not module.is_initializing():
     module.sow('stages', f'{name}_output', x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def max_pool(x, size, stride, padding=0):
+def max_pool(x: Float[Array, 'B H W C'], size: int, stride: int,
+             padding: int = 0) -> Float[Array, 'B h w C']:
   """Max pooling, [B, H, W, C]."""
-  return nn.max_pool(x, (size, size), (stride, stride), padding=((padding, padding),) * 2)
+  pads: Any = ((padding, padding),) * 2
+  return nn.max_pool(x, (size, size), (stride, stride), padding=pads)
 
 
-def average_to(x, size):
-  """[B, H, W, C] -> [B, size, size, C], by averages over `size` even parts of each picture axis.
+def average_to(x: Float[Array, 'B H W C'], size: int) -> Float[Array, 'B size size C']:
+  """[B, H, W, C] -> [B, size, size, C], by averages over `size` even parts of each image axis.
 
-  Neighbouring parts overlap by a pixel where `size` does not divide it (PyTorch's adaptive average
-  pooling); a picture of that size is returned as it is.
+  Neighboring parts overlap by a pixel where `size` does not divide the axis (PyTorch's adaptive
+  average pooling); a map of that size is returned as it is.
   """
   if x.shape[1:3] == (size, size):
     return x

@@ -1,9 +1,9 @@
-"""ResNet encoders (He et al., 2016): images in, unit-norm embeddings out.
+"""ResNet encoders (He et al., 2016): from images to unit-norm embeddings.
 
-Two families, as the paper uses them: `*_cifar` with a 3x3 stem and no pooling before the stages,
-and the ImageNet nets with a 7x7 stride-2 stem and max pooling. Bottlenecks carry their stride in
-the 3x3 convolution. Convolutions and products run in `dtype`; parameters, batch-norm statistics
-and the embedding's norm are float32 (float64 when `dtype` is float64).
+Two families, as in the paper: `*_cifar` with a 3x3 stem and no pooling before the stages, and the
+ImageNet nets with a 7x7 stride-2 stem and max pooling. Bottlenecks have their stride in the 3x3
+convolution. Convolutions and products run in `dtype`; parameters, batch-norm statistics and the
+norm of the embedding are float32 (float64 when `dtype` is float64).
 """
 
 import functools
@@ -52,16 +52,16 @@ class Bottleneck(BasicBlock):
 
 
 class ResNet(nn.Module):
-  """Images [B, H, W, 3], already normalised -> unit-norm embeddings [B, D].
+  """Images [B, H, W, 3], already standardized -> unit-norm embeddings [B, D].
 
   Attributes:
     block: `BasicBlock` or `Bottleneck`.
-    stage_sizes: blocks per stage; the width doubles and the picture halves from stage to stage.
-    cifar: 3x3 stem without pooling, for small pictures.
+    stage_sizes: blocks per stage; from stage to stage the width doubles and the resolution halves.
+    cifar: 3x3 stem without pooling, for small images.
     embedding_dim: D.
     width: channels of the first stage.
     dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronised batch norm, or None for per-device statistics.
+    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   block: Any
   stage_sizes: tuple[int, ...]

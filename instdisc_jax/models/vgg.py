@@ -1,7 +1,7 @@
-"""VGG16 (Simonyan and Zisserman, 2015), with or without batch norm: images in, embeddings out.
+"""VGG16 (Simonyan and Zisserman, 2015), with or without batch norm: from images to embeddings.
 
-Modules are numbered as in torchvision's `vgg16` and `vgg16_bn`, so that weights convert by name;
-without its dropout.
+Modules are numbered as in torchvision's `vgg16` and `vgg16_bn`, so that weights convert by name.
+There is no dropout.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
 
 _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels in units of the width
-POOLED = 7  # the picture's side before the linear layers
+POOLED = 7  # side of the feature map before the linear layers
 
 
 class VGG(nn.Module):
-  """Images [B, H, W, 3] of at least 32 pixels a side -> unit-norm embeddings [B, D].
+  """Images [B, H, W, 3] of at least 32 pixels per side -> unit-norm embeddings [B, D].
 
   Attributes:
-    batch_norm: a batch norm behind every convolution.
+    batch_norm: whether a batch norm follows every convolution.
     embedding_dim: D.
     width: channels of the first stage; 64 in the literature.
     dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronised batch norm, or None for per-device statistics.
+    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   batch_norm: bool
   embedding_dim: int = 128

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT as a wish to stop: the run saves and exits with code 75 at the next chance.
+"""SIGTERM and SIGINT are requests to stop: the run saves, and exits with code 75.
 
-    first signal     noted; `poll` and `check` tell the run on every process
-    second signal    the process exits at once, whatever it is doing
+    first signal     noted; `poll` and `check` tell the run, in every process
+    second signal    the process exits immediately, whatever it is doing
 """
 
 import os
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from instdisc_jax import errors
+from instdisc_jax.runtime import errors
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,17 +24,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Watch:
   """Notes signals while it is entered; a context manager for the main thread.
 
-  Not entered it never stops anything, but the other processes of the run may.
+  Without being entered it notes nothing, but other processes of the run may still ask to stop.
 
   Attributes:
-    signal: name of the signal that this process got, or None.
+    signal: name of the signal that this process received, or None.
   """
 
   def __init__(self):
-    self.signal = None
+    self.signal: str | None = None
 
-  def __enter__(self):
-    # A thread reads what the interpreter writes on every signal: it learns of one even while the
+  def __enter__(self) -> 'Watch':
+    # A thread reads what the interpreter writes on every signal, so it learns of one even while the
     # main thread waits for a device or a compiler.
     self._pipe = os.pipe()
     for end in self._pipe:
@@ -60,11 +60,11 @@ class Watch:
       if self.signal is not None:
         os._exit(128 + byte[0])
       self.signal = signal.Signals(byte[0]).name
-      print(f'{self.signal}: saving and stopping; a second signal exits at once', file=sys.stderr,
-            flush=True)
+      print(f'{self.signal}: saving and stopping; a second signal exits immediately',
+            file=sys.stderr, flush=True)
 
-  def poll(self, mesh):
-    """Asks all processes, without waiting, whether one of them is to stop.
+  def poll(self, mesh: jax.sharding.Mesh) -> bool | jax.Array:
+    """Asks all processes, without waiting, whether one of them has been asked to stop.
 
     Every process must call this at the same places.
 
@@ -72,7 +72,7 @@ class Watch:
       mesh: the device mesh of the run.
 
     Returns:
-      What is true if one is: a bool, or a scalar that the devices will fill in.
+      A bool, or a scalar that the devices will fill in: true if one has.
     """
     if jax.process_count() == 1:
       return self.signal is not None
@@ -80,19 +80,24 @@ class Watch:
     mine = np.full(mesh.size, self.signal is not None)
     return _any(jax.make_array_from_callback(mine.shape, flags, lambda part: mine[part]))
 
-  def check(self):
-    """Waits for all processes to ask; see `poll`.
+  def check(self) -> None:
+    """As `poll`, but waits for all processes.
 
     Raises:
-      errors.Stopped: one is to stop.
+      errors.Stopped: one has been asked to stop.
     """
     wanted = self.signal is not None
     if jax.process_count() > 1:
       wanted = multihost_utils.process_allgather(np.array(wanted)).any()
     if wanted:
-      raise errors.Stopped(f'stopped by {self.name()}: run the same command again to go on')
+      raise errors.Stopped(f'stopped by {self.name()}: run the same command again to resume')
 
-  def name(self):
+  def check_here(self) -> None:
+    """As `check`, but for this process alone, without asking the others."""
+    if self.signal is not None:
+      raise errors.Stopped(f'stopped by {self.name()}: run the same command again to resume')
+
+  def name(self) -> str:
     """The signal, in words."""
     return self.signal or 'a signal to another process'
 

@@ -1,17 +1,22 @@
 """Saving and restoring the training state; the only file that knows Orbax.
 
-A checkpoint holds the whole `TrainState`, the bank as its N true rows, so that it can be restored
-on any number of devices: padding belongs to the machine, not to the data. It appears under its name
-only when it is complete, with the SHA-256 of each of its files in a manifest; one that no longer
-agrees with its manifest is damaged, and the one before it takes its place.
+A checkpoint holds the complete training state, the bank as its N true rows, so that it can be
+restored on any number of devices: padding belongs to the machine, not to the data. It appears under
+its name only when it is complete, with the SHA-256 of each of its files in a manifest. A checkpoint
+that no longer matches its manifest is damaged, and the previous one takes its place.
+
+A state is a flax struct with the fields of `training.state.TrainState`.
 """
 
+from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import functools
 import hashlib
 import json
 import logging
+import os
 import sys
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,26 +26,30 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
 
-from instdisc_jax import errors, files, train
+from instdisc_jax.runtime import errors, files
+from instdisc_jax.runtime import mesh as mesh_lib
 
 _MANIFEST = 'manifest.json'
-_DATES = '_CHECKPOINT_METADATA'  # which Orbax writes once more at the very end
+_DATES = '_CHECKPOINT_METADATA'  # which Orbax rewrites at the very end
+_PER_ROW = ('bank', 'classifier')  # fields with a row for each image
 
 
 class Checkpoints:
   """The checkpoints of one run, written in the background.
 
   Args:
-    folder: where they lie.
+    folder: where they are.
     keep: how many of the newest are kept.
     num_rows: N.
     mesh: the device mesh of the run.
   """
 
-  def __init__(self, folder, keep, num_rows, mesh):
+  def __init__(self, folder: str | os.PathLike[str], keep: int, num_rows: int,
+               mesh: jax.sharding.Mesh):
     self._folder, self._num_rows, self._mesh = files.place(folder), num_rows, mesh
     self._damaged = self._folder.with_name(f'{self._folder.name}-damaged')
-    self._saving = self._pending_losses = None
+    self._saving: int | None = None
+    self._pending_losses: list[float] = []
     self._manager = ocp.CheckpointManager(
         self._folder, item_handlers=ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
@@ -48,12 +57,12 @@ class Checkpoints:
             enable_async_checkpointing=True, cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest)))
 
-  def latest_step(self):
+  def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def set_damaged_aside(self):
-    """Moves checkpoints newer than the newest sound one out of the way, and warns of each.
+  def move_damaged_aside(self) -> None:
+    """Moves checkpoints newer than the newest intact one out of the way, and warns about each.
 
     Raises:
       errors.RunError: all are damaged; nothing is moved.
@@ -67,29 +76,29 @@ class Checkpoints:
       raise errors.RunError(
           f"every checkpoint in '{self._folder}' is damaged ("
           + ', '.join(f'{step}: {fault}' for step, fault in damage.items())
-          + '): nothing was changed; put one back, or set another --workdir to begin again')
+          + '): nothing was changed; restore one, or set another --workdir to start over')
     for step, fault in damage.items():
       if jax.process_index() == 0:
         self._damaged.mkdir(exist_ok=True)
         number = len(list(self._damaged.glob(f'{step}.*')))
         (self._folder / str(step)).rename(self._damaged / f'{step}.{number}')
         errors.warn(f"checkpoint {step} is damaged ({fault}): it was moved to '{self._damaged}', "
-                    'and the one before is used')
+                    'and the previous one is used')
     if damage:
       if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('damaged checkpoints are aside')
+        multihost_utils.sync_global_devices('damaged checkpoints are moved aside')
       self._manager.reload()
 
-  def save(self, state, pending_losses=()):
-    """Starts saving; the state may be donated to the next step at once.
+  def save(self, state: Any, pending_losses: Sequence[float] = ()) -> None:
+    """Starts saving; the state may be donated to the next step right away.
 
     Args:
-      state: `TrainState`.
-      pending_losses: numbers that `pending_losses` gives back: the losses since the last line of
+      state: the training state.
+      pending_losses: what `pending_losses` returns later: the losses since the last line of
         metrics.jsonl, so that the next line is the same with and without a stop.
 
     Raises:
-      errors.RunError: this save could not be begun, or the one before it failed.
+      errors.RunError: this save could not be started, or the previous one failed.
     """
     shardings = _of_rows(lambda _: self._rows_sharding(), jax.tree.map(lambda x: x.sharding, state))
     strip = functools.partial(_of_rows, lambda rows: rows[:self._num_rows])
@@ -100,43 +109,45 @@ class Checkpoints:
       self._saving, self._pending_losses = step, list(pending_losses)
       self._manager.save(step, args=ocp.args.StandardSave(_as_dict(copy)), force=True)
 
-  def pending_losses(self):
+  def pending_losses(self) -> list[float]:
     """What the newest checkpoint was saved with."""
     manifest = self._folder / str(self.latest_step()) / _MANIFEST
     return json.loads(manifest.read_text())['pending_losses']
 
-  def restore(self, like, step=None):
+  def restore(self, like: Any, step: int | None = None) -> Any:
     """Reads a checkpoint into the shardings and shapes of `like`.
 
     Args:
-      like: a `TrainState` of arrays with shardings.
+      like: a training state of arrays with shardings.
       step: which one; the newest by default.
 
     Returns:
-      A `TrainState` on this run's mesh; what has a row for each image and is not in the checkpoint
-      (of weights from elsewhere) is that of `like`.
+      A training state on this run's mesh. A bank or class weights that the checkpoint lacks
+      (imported weights) are those of `like`.
 
     Raises:
       errors.UserError: its bank has another number of rows than there are images.
     """
-    step = self.latest_step() if step is None else step
-    found = self._manager.item_metadata(step)
-    absent = [name for name in ('bank', 'classifier') if found.get(name) is None]
+    step = self._manager.latest_step() if step is None else step
+    assert step is not None, 'there is no checkpoint to restore'
+    found: Any = self._manager.item_metadata(step)
+    absent = [name for name in _PER_ROW if found.get(name) is None]
     count = self._num_rows if 'bank' in absent else found['bank'].shape[0]
     if count != self._num_rows:
       raise errors.UserError(
-          f'the bank of the checkpoint has {count} rows, must have one for each of the '
-          f'{self._num_rows} training images: set --config.dataset.name to the data it was made of')
+          f'the bank of the checkpoint has {count} rows',
+          f'one row for each of the {self._num_rows} training images', setting='dataset.name',
+          remedy='set <dataset.name> to the data it was trained on')
     stored = _of_rows(lambda rows: jax.ShapeDtypeStruct(
         (self._num_rows, rows.shape[1]), rows.dtype, sharding=self._rows_sharding()),
         like.replace(**dict.fromkeys(absent)))
-    restored = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(stored)))
+    restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(stored)))
     state = stored.replace(**restored)
-    pad = jax.jit(functools.partial(train.pad_rows, num_devices=self._mesh.size),
+    pad = jax.jit(functools.partial(mesh_lib.pad_rows, num_devices=self._mesh.size),
                   out_shardings=like.bank.sharding)
     return _of_rows(pad, state).replace(**{name: getattr(like, name) for name in absent})
 
-  def close(self):
+  def close(self) -> None:
     """Waits for the last save.
 
     Raises:
@@ -149,44 +160,43 @@ class Checkpoints:
       self._manager.close()
 
   @contextlib.contextmanager
-  def _failing(self):
-    """Whatever a save fails with (of Orbax, TensorStore or the system), as a `RunError`."""
+  def _failing(self) -> Iterator[None]:
+    """Turns whatever a save fails with (in Orbax, TensorStore or the system) into a `RunError`."""
     try:
       yield
     except Exception as e:
       kept = [step for step in self._manager.all_steps(read=True) if step != self._saving]
       raise errors.RunError(
           f'the checkpoint of step {self._saving} could not be saved ({errors.one_line(e)[:200]}); '
-          + (f'that of step {max(kept)} is kept' if kept else 'there is none before it')
+          + (f'the one of step {max(kept)} is kept' if kept else 'there is no earlier one')
           + (': make space and run the same command again' if errors.is_no_space(e) else '')) from e
 
   def _write_manifest(self):
-    """Called with all files of the new checkpoint written, before it gets its name."""
+    """Called when all files of the new checkpoint are written, before it gets its name."""
     folder = next(self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*'),
-                  self._folder / str(self._saving))  # in a bucket a file says that it is complete
+                  self._folder / str(self._saving))  # in a bucket, a file marks it as complete
     manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
   def _rows_sharding(self):
-    """By rows where the devices share them evenly, else one copy on each."""
+    """By rows if they divide evenly among the devices, else one copy on each."""
     even = self._num_rows % self._mesh.size == 0
-    return NamedSharding(self._mesh, P(train.AXIS) if even else P())
+    return NamedSharding(self._mesh, P(mesh_lib.AXIS) if even else P())
 
 
-def _of_rows(fn, state):
-  """A `TrainState` with `fn` applied to what has a row for each image; None stays."""
-  return state.replace(bank=jax.tree.map(fn, state.bank),
-                       classifier=jax.tree.map(fn, state.classifier))
+def _of_rows(fn: Callable, state: Any) -> Any:
+  """A state with `fn` applied to the fields that have a row for each image; None stays."""
+  return state.replace(**{name: jax.tree.map(fn, getattr(state, name)) for name in _PER_ROW})
 
 
 def _as_dict(state):
-  """What is stored of a `TrainState`; most losses have no classifier."""
+  """What is stored of a state; most losses have no classifier."""
   return {name: part for name, part in vars(state).items()
           if name != 'classifier' or part is not None}
 
 
-def leave_errors_to_orbax():
-  """Keeps the threads of a failed save from printing tracebacks: `save` and `close` raise it."""
+def quiet_threads() -> None:
+  """Keeps the threads of a failed save from printing tracebacks: `save` and `close` raise them."""
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
 
   def hook(error):
@@ -202,7 +212,7 @@ def _hashes(folder):
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       hashes |= {f'{path.name}/{name}': found for name, found in _hashes(path).items()}
-    elif path.name == _DATES or files.in_bucket(path):  # which keeps checksums of its own
+    elif path.name == _DATES or files.in_bucket(path):  # which has its own checksums
       hashes[path.name] = None
     else:
       with path.open('rb') as file:
@@ -211,7 +221,7 @@ def _hashes(folder):
 
 
 def _damage(folder, steps):
-  """{step: what is wrong with it} of the checkpoints from the newest to the first sound one."""
+  """{step: what is wrong with it} from the newest checkpoint to the first intact one."""
   damage = {}
   for step in sorted(steps, reverse=True):
     fault = _fault(folder / str(step))
@@ -236,11 +246,12 @@ def _fault(folder):
   return None
 
 
-def read(folder):
-  """The newest sound checkpoint as it was stored, on the host.
+def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -> dict[str, Any]:
+  """The newest intact checkpoint as it was stored, on the host.
 
   Args:
     folder: the checkpoints of a run.
+    names: the fields to read; by default all.
 
   Returns:
     {'step', 'params', 'batch_stats', 'opt_state', 'bank' (N rows, or None), 'normalizer'}, nested
@@ -249,19 +260,20 @@ def read(folder):
   Raises:
     errors.UserError: there is none.
   """
-  folder, sound = files.place(folder), None
+  folder, manager, intact = files.place(folder), None, None
   if folder.is_dir():
-    manager = ocp.CheckpointManager(folder, item_handlers=ocp.StandardCheckpointHandler())
+    manager = ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler())
     damage = _damage(folder, manager.all_steps())
     for step, fault in damage.items():
       errors.warn(f"checkpoint {step} in '{folder}' is damaged ({fault})")
-    sound = max(set(manager.all_steps()) - damage.keys(), default=None)
-  if sound is None:
-    raise errors.UserError(f"no sound checkpoint in '{folder}': set --workdir to the folder of a "
-                           'run')
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                      manager.item_metadata(sound).tree)
-  state = manager.restore(sound, args=ocp.args.StandardRestore(like))
+    intact = max(set(manager.all_steps()) - damage.keys(), default=None)
+  if manager is None or intact is None:
+    raise errors.UserError(f"no intact checkpoint in '{folder}'", setting='--workdir',
+                           remedy='set <--workdir> to the folder of a run')
+  metadata: Any = manager.item_metadata(intact)
+  like = {name: part for name, part in metadata.tree.items() if names is None or name in names}
+  restored: Any = manager.restore(intact, args=ocp.args.PyTreeRestore(
+      like, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+      partial_restore=True))
   manager.close()
-  return jax.device_get(state)
+  return restored

@@ -1,31 +1,33 @@
-"""What a run reports while it goes: metrics.jsonl, TensorBoard events, and a progress line."""
+"""What a run reports while it trains: metrics.jsonl, TensorBoard events, and a progress line."""
 
 import json
+import os
+from typing import Any
 
 import jax
 from rich import console as rich_console
 from rich import progress as rich_progress
 import tensorboardX
 
-from instdisc_jax import files
+from instdisc_jax.runtime import files
 
 FILE = 'metrics.jsonl'
 
 
 class Metrics:
-  """Writes measurements on the first host; on the others it does nothing.
+  """Writes measurements in the first process; in the others it does nothing.
 
   Args:
     workdir: the run's folder.
-    step: the step that the run continues from. Lines past it, which a run left that was stopped
-      after its last checkpoint, are dropped, so that no step is ever reported twice.
+    step: the step that the run continues from. Later lines, left by a run that was stopped after
+      its last checkpoint, are dropped, so that no step is reported twice.
 
   Attributes:
-    earlier_seconds: wall-clock time that the kept lines say was spent before.
-    evaluated: steps whose kNN accuracy the kept lines hold.
+    earlier_seconds: wall-clock time spent before, according to the kept lines.
+    evaluated: steps whose kNN accuracy is in the kept lines.
   """
 
-  def __init__(self, workdir, step):
+  def __init__(self, workdir: str | os.PathLike[str], step: int):
     self._lines = self._file = self._events = None
     kept = [line for line in read(workdir) if line['step'] <= step]
     self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
@@ -35,13 +37,13 @@ class Metrics:
     self._path = files.place(workdir) / FILE
     self._lines = [json.dumps(line) + '\n' for line in kept]
     files.write(self._path, ''.join(self._lines))
-    if not files.in_bucket(self._path):  # whose files can't be added to
+    if not files.in_bucket(self._path):  # whose files cannot be appended to
       self._file = self._path.open('a')
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
-  def write(self, step, **values):
+  def write(self, step: int, **values: Any) -> None:
     """Adds one line: `values` measured after `step` steps; None is left out of the events."""
-    if self._events is None:
+    if self._events is None or self._lines is None:
       return
     self._lines.append(json.dumps({'step': step, **values}) + '\n')
     if self._file is None:
@@ -53,15 +55,16 @@ class Metrics:
       if value is not None:
         self._events.add_scalar(name, value, step)
 
-  def close(self):
+  def close(self) -> None:
+    """Closes the files."""
     if self._file is not None:
       self._file.close()
     if self._events is not None:
       self._events.close()
 
 
-def read(workdir):
-  """The lines of metrics.jsonl as dicts, without those that a crash or a full disk cut short."""
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl as dicts, without those cut short by a crash or a full disk."""
   path = files.place(workdir) / FILE
   lines = []
   if path.exists():
@@ -76,9 +79,9 @@ def read(workdir):
 
 
 class Progress:
-  """The line on the terminal, and above it a line for each epoch. First host only."""
+  """The line on the terminal, and above it a line for each evaluation. First process only."""
 
-  def __init__(self, step, total_steps):
+  def __init__(self, step: int, total_steps: int):
     self.console = rich_console.Console(soft_wrap=True, highlight=False,
                                         quiet=jax.process_index() != 0)
     self._progress = rich_progress.Progress(
@@ -88,16 +91,26 @@ class Progress:
     self._task = self._progress.add_task('compiling', total=total_steps, completed=step)
     self._progress.start()
 
-  def advance(self, step, epoch, loss, images_per_second):
+  def advance(self, step: int, epoch: int, loss: float, images_per_second: float | None) -> None:
     """Shows where the run is."""
     text = f'epoch {epoch}  loss {loss:.3f}'
     if images_per_second is not None:
       text += f'  {images_per_second:,.0f} images/s'
     self._progress.update(self._task, completed=step, description=text)
 
-  def print(self, text):
+  def print(self, text: str) -> None:
     """A line that stays."""
     self.console.print(text, markup=False)
 
-  def close(self):
+  def close(self) -> None:
+    """Removes the line."""
     self._progress.stop()
+
+
+def progress_bar(title: str) -> rich_progress.Progress:
+  """A bar on a terminal, nothing elsewhere."""
+  console = rich_console.Console(stderr=True)
+  return rich_progress.Progress(
+      rich_progress.TextColumn(title), rich_progress.BarColumn(),
+      rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(), console=console,
+      transient=True, disable=not console.is_terminal)

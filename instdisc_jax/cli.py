@@ -1,0 +1,151 @@
+"""What the commands share: their parser, their arguments, and the frame that they run in."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import difflib
+import logging
+import os
+import sys
+import textwrap
+from typing import Any, NoReturn
+
+from absl import flags as absl_flags
+from ml_collections import config_dict, config_flags
+
+from instdisc_jax import config as config_lib
+from instdisc_jax.runtime import checkpoint, distributed, errors
+
+
+class _Parser(argparse.ArgumentParser):
+  """Reports a mistake like every other: one line, exit code 2."""
+
+  def error(self, message: str) -> NoReturn:
+    raise errors.UserError(message, remedy='see --help')
+
+
+def make_parser(name: str, description: str | None, usage: str,
+                epilog: str | None = None) -> argparse.ArgumentParser:
+  """The parser of `python -m instdisc_jax.NAME`.
+
+  Args:
+    name: of the command.
+    description: what it does, usually the docstring of its module.
+    usage: its arguments.
+    epilog: text after them.
+  """
+  return _Parser(prog=f'python -m instdisc_jax.{name}', description=description, epilog=epilog,
+                 usage=f'%(prog)s {usage}', allow_abbrev=False,
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_workdir(parser: argparse.ArgumentParser, meaning: str) -> None:
+  """Adds --workdir."""
+  parser.add_argument('--workdir', metavar='DIR', required=True, help=meaning)
+
+
+def add_on_unreadable(parser: argparse.ArgumentParser) -> None:
+  """Adds --on_unreadable."""
+  parser.add_argument('--on_unreadable', choices=('error', 'skip'), default='error',
+                      help='what to do with files that cannot be read as images: stop (default), '
+                           'or leave them out')
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+  """Adds what several processes need to find each other; see `join_processes`."""
+  group = parser.add_argument_group(
+      'several processes', 'Start the same command in each, on its own machine or devices.')
+  group.add_argument('--distributed', action='store_true',
+                     help='find the others through Slurm, Open MPI, GKE or Cloud TPU')
+  group.add_argument('--coordinator', metavar='HOST:PORT',
+                     help='find the others at this address of process 0; needs the next two')
+  group.add_argument('--num_processes', type=int, metavar='P', help='number of processes')
+  group.add_argument('--process_id', type=int, metavar='I', help='number of this one, from 0')
+  group.add_argument('--heartbeat_seconds', type=int, metavar='S', default=100,
+                     help='how long a process may be silent before the others end (default: 100)')
+
+
+def join_processes(args: argparse.Namespace) -> None:
+  """Joins the other processes, if there are any; raises `errors.UserError` or `RunError`."""
+  if args.distributed or args.coordinator is not None:
+    distributed.initialize(args.coordinator, args.num_processes, args.process_id,
+                           args.heartbeat_seconds)
+
+
+def run(command: Callable[[], object], flags: Mapping[str, str] | None = None) -> int:
+  """Runs a command without the noise of its libraries.
+
+  Args:
+    command: what to run.
+    flags: the command's own flags for settings and arguments, see `errors.UserError.worded`.
+
+  Returns:
+    Its exit code, see `errors.exit_code`.
+  """
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log everything they do
+  checkpoint.quiet_threads()
+  return errors.exit_code(command, flags)
+
+
+def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
+  """The configuration of a file in `configs/`, or of any other, with overrides.
+
+  Args:
+    file: FILE.py, or FILE.py:PRESETS, which calls get_config('PRESETS').
+    overrides: '--config.KEY=VALUE' for each.
+
+  Returns:
+    A `ConfigDict`, not validated yet.
+
+  Raises:
+    errors.UserError: there is no such file, it is not a configuration, or an unknown setting.
+  """
+  for argument in overrides:
+    if not argument.startswith(('--config.', '-config.')):
+      raise errors.UserError(f"unknown argument '{argument}'", remedy='see --help')
+    key = argument.partition('.')[2].partition('=')[0]
+    if key not in (known := [setting.key for setting in config_lib.SETTINGS]):
+      close = difflib.get_close_matches(key, known, 1)
+      raise errors.UserError(f"unknown setting '{key}'"
+                             + (f", perhaps meant as '{close[0]}'" if close else ''),
+                             remedy='see --help for all settings')
+  file = _find_config(file)
+  sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
+  values = absl_flags.FlagValues()
+  command = ['main', f'--config={file}', *overrides]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command)
+  try:
+    values(command)
+    config: Any = values.config
+  except (KeyError, absl_flags.Error) as e:
+    raise errors.UserError(errors.one_line(e),
+                           remedy='see --help for all settings and their form') from e
+  except Exception as e:  # whatever the file raises when it runs
+    raise errors.UserError(
+        f"'{file}' is not a configuration ({type(e).__name__}: {errors.one_line(e)})",
+        remedy='set <--config>=configs/NAME.py', setting='--config') from e
+  if not isinstance(config, config_dict.ConfigDict):
+    raise errors.UserError(f"get_config() of '{file}' returns {type(config).__name__}",
+                           'a ConfigDict', 'set <--config>=configs/NAME.py', '--config')
+  return config
+
+
+def describe_settings() -> str:
+  """Every setting with its default and its meaning, for --help."""
+  lines = ['settings, with their defaults (a config file sets its own):', '']
+  for setting in config_lib.SETTINGS:
+    text = setting.meaning + (f' ({setting.requirement})' if setting.requirement else '')
+    lines += [f'  --config.{setting.key}={config_lib.plain(setting.default)}',
+              *textwrap.wrap(text, 90, initial_indent=' ' * 8, subsequent_indent=' ' * 8)]
+  return '\n'.join(lines)
+
+
+def _find_config(file):
+  """The path of a config file; `configs/` is installed in the package, or else lies beside it."""
+  path, colon, presets = file.partition(':')
+  package = os.path.dirname(os.path.abspath(__file__))
+  places = ['', package, os.path.dirname(package)] if path.startswith('configs/') else ['']
+  for place in places:
+    if os.path.isfile(os.path.join(place, path)):
+      return os.path.join(place, path) + colon + presets
+  raise errors.UserError(f"no file '{file}'", remedy='set <--config>=configs/NAME.py',
+                         setting='--config')

@@ -1,0 +1,303 @@
+"""Where the batches of a run come from.
+
+    Resident    a small set, kept on every device: nothing is read during training
+    Stream      read, decoded and cropped on the host while the devices train
+    Fake        one batch of noise made on the devices, for benchmarks
+
+A feed's batch is a function of (seed, step) alone: the chain of `order.py`, and the crops of
+`views.py`. So any number of processes and workers yields the same batches, and a run can resume at
+any step without any saved iterator state. Inside the mapped step, `take` picks a batch out of what
+`at` has put on the devices; a batch holds 'index', and either 'image' or, if the host has cropped
+them already, 'view'.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import os
+import signal
+from typing import Any, TypeAlias
+
+from absl import flags
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from instdisc_jax import config as config_lib
+from instdisc_jax.data import images as images_lib
+from instdisc_jax.data import order, views
+from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import mesh as mesh_lib
+
+_AHEAD = 2  # batches that each thread or worker keeps ready
+Feed: TypeAlias = 'Resident | Stream | Fake'
+Batch: TypeAlias = dict[str, jax.Array]
+
+
+def choose_path(config: config_lib.Config, images: images_lib.Images, before: str | None,
+                mesh: jax.sharding.Mesh) -> str:
+  """'resident' or 'stream' for `dataset.path=auto`.
+
+  Args:
+    config: the run's configuration.
+    images: to train on.
+    before: what the run was started with, or None.
+    mesh: the device mesh.
+  """
+  if before is not None:
+    return before
+  fake = config.dataset.name.startswith('fake:')
+  fits = _fits(images, config.dataset.resident_share, mesh)
+  return 'resident' if fits and not fake else 'stream'
+
+
+def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.sharding.Mesh,
+         last_step: int) -> Feed:
+  """The feed of a run.
+
+  Args:
+    config: the run's configuration; `dataset.path` is 'resident' or 'stream'.
+    images: to train on; in memory for a resident run.
+    mesh: the device mesh.
+    last_step: of the run; nothing is read past it.
+  """
+  if config.dataset.path == 'resident':
+    per_dispatch = config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
+    return Resident(images, mesh, config.seed, config.batch_size, per_dispatch)
+  crop = views.Crop.of(config, images.shape)
+  if config.dataset.name.startswith('fake:'):
+    return Fake(len(images), mesh, config.seed, config.batch_size, crop.side)
+  return Stream(images, mesh, crop, config.batch_size, last_step,
+                num_workers(config.dataset.workers))
+
+
+class Resident:
+  """Feeds the loop from images on the devices.
+
+  Args:
+    images: `Images` in memory.
+    mesh: the device mesh.
+    seed: of the run.
+    batch_size: B.
+    per_dispatch: S, batches given at once.
+
+  Attributes:
+    per_dispatch: S.
+    specs: how what `at` returns is sharded.
+  """
+  specs = P(), P(None, mesh_lib.AXIS)
+
+  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, seed: int,
+               batch_size: int, per_dispatch: int):
+    self.per_dispatch = per_dispatch
+    self._images = mesh_lib.replicate(images.in_memory().files, mesh)
+    self._chain = seed, batch_size, len(images)
+    self._sharding = NamedSharding(mesh, P(None, mesh_lib.AXIS))
+
+  def at(self, step: int) -> tuple[jax.Array, jax.Array]:
+    """(all images, indices [S, B] of the batches from `step` on)."""
+    seed, batch_size, num_rows = self._chain
+    index = np.stack([order.batch_index(seed, step + i, batch_size, num_rows)
+                      for i in range(self.per_dispatch)])
+    return self._images, jax.make_array_from_callback(index.shape, self._sharding,
+                                                      lambda part: index[part])
+
+  @staticmethod
+  def take(inputs: tuple[jax.Array, jax.Array], i: Any) -> Batch:
+    """This device's part of the i-th batch of `at`."""
+    images, index = inputs
+    return {'image': images[index[i]], 'index': index[i]}
+
+  def close(self) -> None:
+    """Nothing to close."""
+
+
+class Stream:
+  """Feeds the loop with batches made by the host.
+
+  Args:
+    images: `Images`.
+    mesh: the device mesh.
+    crop: the crops.
+    batch_size: B.
+    last_step: of the run; nothing is read past it.
+    workers: processes; 0 for threads of this one.
+
+  Attributes:
+    per_dispatch: 1.
+    specs: how what `at` returns is sharded.
+  """
+  per_dispatch = 1
+  specs = P(mesh_lib.AXIS), P(None, mesh_lib.AXIS)
+
+  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, crop: views.Crop,
+               batch_size: int, last_step: int, workers: int):
+    self._slots = mesh_lib.local_slots(mesh, batch_size)
+    self._load = functools.partial(load_batch, images=images, crop=crop, batch_size=batch_size,
+                                   slots=self._slots)
+    self._mesh, self._batch_size = mesh, batch_size
+    self._workers, self._last_step = workers, last_step
+    self._batches: Iterator | None = None
+    self._step = -1
+
+  def at(self, step: int) -> tuple[jax.Array, jax.Array]:
+    """(views [B, side, side, 3] uint8, index [1, B]) of the batch at `step`, on the devices."""
+    if step != self._step or self._batches is None:
+      self.close()
+      self._batches = in_background(self._load, step, self._last_step, self._workers)
+      self._step = step
+    images, index = next(self._batches)
+    self._step += 1
+    place = functools.partial(mesh_lib.place_local, mesh=self._mesh, slots=self._slots,
+                              total=self._batch_size)
+    return place(images), place(index, lead=1)
+
+  @staticmethod
+  def take(inputs: tuple[jax.Array, jax.Array], i: Any) -> Batch:
+    """This device's part of the one batch of `at`."""
+    images, index = inputs
+    return {'view': images, 'index': index[i]}
+
+  def close(self) -> None:
+    """Ends the workers."""
+    if self._batches is not None:
+      self._batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    self._batches, self._step = None, -1
+
+
+def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_size: int,
+               slots: Int[np.ndarray, ' b']
+               ) -> tuple[UInt8[np.ndarray, 'b side side 3'], Int[np.ndarray, ' b']]:
+  """This process's part of the batch at a step.
+
+  Args:
+    step: t.
+    images: `Images`.
+    crop: the crops.
+    batch_size: B.
+    slots: [b] which of the B places belong to this process.
+
+  Returns:
+    (views [b, side, side, 3] uint8, index [b] int32).
+
+  Raises:
+    errors.UserError: an image cannot be read.
+  """
+  index = order.batch_index(crop.seed, step, batch_size, len(images))[slots]
+  place = (step * batch_size + slots) % 2**32
+  return crop(images, place, index), index
+
+
+class Fake:
+  """Feeds the loop with one batch of noise made on the devices, and the indices of the chain.
+
+  Args:
+    num_rows: N.
+    mesh: the device mesh.
+    seed: of the run.
+    batch_size: B.
+    side: of the views.
+
+  Attributes:
+    per_dispatch: 1.
+    specs: how what `at` returns is sharded.
+  """
+  per_dispatch = 1
+  specs = Stream.specs
+  take = Stream.take
+
+  def __init__(self, num_rows: int, mesh: jax.sharding.Mesh, seed: int, batch_size: int,
+               side: int):
+    self._mesh, self._chain = mesh, (seed, batch_size, num_rows)
+    draw = lambda: jax.random.bits(jax.random.key(seed), (batch_size, side, side, 3), 'uint8')
+    self._images = jax.jit(draw, out_shardings=NamedSharding(mesh, P(mesh_lib.AXIS)))()
+
+  def at(self, step: int) -> tuple[jax.Array, jax.Array]:
+    """(images [B, side, side, 3] uint8, index [1, B])."""
+    seed, batch_size, num_rows = self._chain
+    index = order.batch_index(seed, step, batch_size, num_rows)
+    return self._images, mesh_lib.place_local(index, self._mesh, np.arange(batch_size), batch_size,
+                                              lead=1)
+
+  def close(self) -> None:
+    """Nothing to close."""
+
+
+def num_workers(configured: int | None) -> int:
+  """Worker processes: as configured, or by default one for each CPU but two."""
+  if configured is not None:
+    return configured
+  return max(0, min(16, len(os.sched_getaffinity(0)) - 2))
+
+
+def in_background(load: Callable[[int], Any], first: int, last: int,
+                  workers: int) -> Iterator[Any]:
+  """Runs a function ahead of whoever consumes its results.
+
+  Args:
+    load: picklable; called with first, first + 1, ..., last - 1.
+    first: an integer.
+    last: likewise, exclusive.
+    workers: processes; 0 for threads of this one.
+
+  Yields:
+    The results in order.
+
+  Raises:
+    errors.UserError: whatever `load` raised.
+  """
+  import cv2  # slow to import, and not needed if everything is resident
+  import grain
+
+  threads = 1 if workers else max(1, len(os.sched_getaffinity(0)))
+  dataset: Any = grain.MapDataset.range(first, last).map(_Guarded(load)).to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + _AHEAD - 1))
+  if workers:
+    flags.FLAGS.mark_as_parsed()  # Grain's own flags, which it reads for worker processes
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD),
+        worker_init_fn=_prepare_worker)
+  cv2.setNumThreads(1)  # images are decoded side by side, each by one thread
+  results = iter(dataset)
+  try:
+    for result in results:
+      if isinstance(result, errors.UserError):
+        raise result
+      yield result
+  finally:
+    results.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guarded:
+  """Returns a user's mistake instead of raising it, so that it comes out of a worker as it is."""
+  load: Callable[[int], Any]
+
+  def __call__(self, number: int) -> Any:
+    try:
+      return self.load(number)
+    except errors.UserError as e:
+      return e
+
+
+def _prepare_worker(worker, num_workers):
+  import cv2
+
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run itself decides what Ctrl-C ends
+  cv2.setNumThreads(1)
+
+
+def _fits(images, share, mesh):
+  """Whether all images, decoded, take at most this share of a device's memory.
+
+  Images of several sizes never fit.
+  """
+  if images.shape is None:
+    return False
+  device = mesh.local_devices[0]
+  memory = (device.memory_stats() or {}).get('bytes_limit')
+  if memory is None:  # a CPU: its devices share the machine's memory, each with a copy
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(mesh.local_devices)
+  return len(images) * int(np.prod(images.shape)) <= share * memory

@@ -1,0 +1,137 @@
+"""Images in a stable order.
+
+The position of an image in its source, 0..N-1, is its index and its row in the memory bank.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+from typing import Any
+
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from instdisc_jax import crops
+from instdisc_jax.data import decode
+from instdisc_jax.runtime import errors
+
+
+class UnreadableImage(errors.UserError):
+  """An image that cannot be read or decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """N images, read one at a time.
+
+  Attributes:
+    files: files[i] is image i: uint8 [H, W, 3], or the bytes of its file.
+    labels: [N] int32, or None.
+    fingerprint: of the source; a bank is only ever used with the data it was trained on.
+    names: what image i is called, e.g. its path; or None.
+    shape: (H, W, 3) if all are known to have one size, else None.
+  """
+  files: Any
+  labels: Int[np.ndarray, ' N'] | None
+  fingerprint: str
+  names: Sequence[str] | None = None
+  shape: tuple[int, ...] | None = None
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def identity(self) -> str:
+    """The fingerprint; for files on disk, also where they are and when they were last changed."""
+    return self.fingerprint + (f' {self.files.stamp()}' if hasattr(self.files, 'stamp') else '')
+
+  def name(self, i: int) -> str:
+    """What to call image i in a message."""
+    return f'image {i} (counted from 0)' if self.names is None else f"'{self.names[i]}'"
+
+  def full(self, i: int) -> UInt8[np.ndarray, 'H W 3']:
+    """Image i at its own size; raises `UnreadableImage`."""
+    return self._read(i, decode.decode)
+
+  def view(self, i: int, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side side 3']:
+    """A view of image i, see `decode.view`; raises `UnreadableImage`."""
+    return self._read(i, lambda data: decode.view(data, draw_box, side))
+
+  def central(self, i: int, side: int) -> UInt8[np.ndarray, 'side side 3']:
+    """The view of image i that evaluation uses, see `crops.central_box`."""
+    return self.view(i, lambda height, width: crops.central_box(height, width, side), side)
+
+  def _read(self, i, convert):
+    try:
+      return convert(self.files[i])
+    except (OSError, decode.UnreadableError) as e:
+      raise UnreadableImage(
+          f'{self.name(i)} {_why(e)}', setting='dataset.on_unreadable',
+          remedy='remove it, or set <dataset.on_unreadable>=skip in a new <--workdir>, or another '
+                 '<dataset.name>') from e
+
+  def in_memory(self) -> 'Images':
+    """The same images, decoded into one array [N, H, W, 3] uint8.
+
+    Raises:
+      UnreadableImage: see `full`.
+      errors.UserError: they have several sizes.
+    """
+    if isinstance(self.files, np.ndarray):
+      return self
+    images: Any = None
+    for i in range(len(self)):
+      image = self.full(i)
+      if i == 0:
+        images = np.empty((len(self), *image.shape), np.uint8)
+      if image.shape != images.shape[1:]:
+        raise errors.UserError(
+            f'{self.name(i)} has {image.shape[0]} x {image.shape[1]} pixels',
+            f'{images.shape[1]} x {images.shape[2]} like the others to be kept on the device',
+            setting='dataset.path', remedy='set <dataset.path>=stream')
+      images[i] = image
+    return dataclasses.replace(self, files=images, shape=images.shape[1:])
+
+  def subset(self, chosen: Int[np.ndarray, ' n'], why: str) -> 'Images':
+    """The images at the positions `chosen`, in that order; `why` joins the fingerprint."""
+    return dataclasses.replace(
+        self,
+        files=self.files[chosen] if isinstance(self.files, np.ndarray) else _At(self.files, chosen),
+        labels=None if self.labels is None else self.labels[chosen],
+        names=None if self.names is None else [self.names[i] for i in chosen],
+        fingerprint=f'{self.fingerprint}/{why}')
+
+  def split(self, share: float) -> tuple['Images', 'Images']:
+    """(training images, held-out images): held out are those with the lowest hashes of their names.
+
+    The choice does not depend on the seed, and hardly on images that are added later.
+    """
+    name = (lambda i: str(i)) if self.names is None else self.names.__getitem__
+    hashes = [hashlib.sha256(name(i).encode('utf8', 'surrogateescape')).digest()
+              for i in range(len(self))]
+    order = sorted(range(len(self)), key=hashes.__getitem__)
+    count = max(1, round(share * len(self)))
+    held_out, rest = np.sort(order[:count]), np.sort(order[count:])
+    return self.subset(rest, f'without {share:g}'), self.subset(held_out, f'{share:g} held out')
+
+
+def _why(error):
+  """Why an image could not be read, as the rest of a sentence."""
+  if isinstance(error, OSError):
+    return f'cannot be read ({errors.reason(error)})'
+  return str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+  """A part of a sequence."""
+  files: Any
+  chosen: np.ndarray
+
+  def __len__(self):
+    return len(self.chosen)
+
+  def __getitem__(self, i):
+    return self.files[self.chosen[i]]
+
+  def stamp(self):
+    return self.files.stamp() if hasattr(self.files, 'stamp') else ''

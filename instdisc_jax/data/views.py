@@ -1,0 +1,134 @@
+"""Which view of an image is seen: the one law of crops and colors.
+
+    training      image i at place p of the chain of images has a random view, drawn from the key
+                  (seed, p, i); the host may crop it, the device does everything else
+    evaluation    the central view
+
+The training step, the reading host, `preview`, fine-tuning and evaluation all come here.
+"""
+
+from concurrent import futures
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt, UInt8
+import numpy as np
+
+from instdisc_jax import augment, crops, threefry
+from instdisc_jax import config as config_lib
+from instdisc_jax.data import images as images_lib
+
+DEFAULT_SIDE = 224  # if the images have several sizes and augment.size is not set
+
+
+def size(config: config_lib.Config, image_shape: tuple[int, ...] | None) -> tuple[int, int]:
+  """(height, width) of the views: `augment.size`, else that of the images, else 224."""
+  if config.augment.size is not None:
+    return config.augment.size, config.augment.size
+  if image_shape is None:
+    return DEFAULT_SIDE, DEFAULT_SIDE
+  return image_shape[0], image_shape[1]
+
+
+def key(seed: int, place: UInt[Array, ' B'], index: Int[Array, ' B']) -> Key[Array, ' B']:
+  """The key of each image's view: that of image `index` at `place` in the chain of images."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))(threefry.key(seed, threefry.AUGMENT), place)
+  return jax.vmap(jax.random.fold_in)(fold, index)
+
+
+def draw(config: config_lib.Config, key: Key[Array, ' B'], images: UInt8[Array, 'B H W 3'], *,
+         cropped: bool = False, dtype: Any = jnp.float32) -> Float[Array, 'B h w 3']:
+  """A random view of each image, on the device.
+
+  Args:
+    config: the run's configuration.
+    key: [B], see `key`.
+    images: [B, H, W, 3] uint8.
+    cropped: whether the host has cropped them already, see `Crop`.
+    dtype: of the result.
+
+  Returns:
+    [B, *size, 3].
+  """
+  return augment.augment(key, images, augment.Augmentation.of(config.augment),
+                         size=None if cropped else size(config, images.shape[1:]), dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+  """The part of a random view that the host can do: the same crop that `draw` would make.
+
+  Attributes:
+    seed: of the run.
+    side: of the views in pixels.
+    scale: see `crops.draw_crop`.
+    ratio: likewise.
+  """
+  seed: int
+  side: int
+  scale: tuple[float, float]
+  ratio: tuple[float, float]
+
+  @classmethod
+  def of(cls, config: config_lib.Config, image_shape: tuple[int, ...] | None) -> 'Crop':
+    """For a run whose views are square."""
+    return cls(config.seed, size(config, image_shape)[0], tuple(config.augment.crop_scale),
+               tuple(config.augment.crop_ratio))
+
+  def __call__(self, images: images_lib.Images, place: Int[np.ndarray, ' b'],
+               index: Int[np.ndarray, ' b']) -> UInt8[np.ndarray, 'b side side 3']:
+    """The crops of the images `index` at the places `place`; raises `errors.UserError`."""
+    drawn = threefry.uniform(self.seed, (threefry.AUGMENT, place, index), crops.DRAWS)
+    views = np.empty((len(index), self.side, self.side, 3), np.uint8)
+    for view, numbers, i in zip(views, drawn, index):
+      box = lambda height, width: crops.draw_crop(
+          numbers[None], height, width, crop_scale=self.scale, crop_ratio=self.ratio)[0].tolist()
+      view[...] = images.view(i, box, self.side)
+    return views
+
+
+def central(config: config_lib.Config, images: UInt8[Array, 'B H W 3'],
+            size: tuple[int, int] | None) -> Float[Array, 'B h w 3']:
+  """What the encoder sees of each image in evaluation, on the device.
+
+  Args:
+    config: the run's configuration.
+    images: [B, H, W, 3] uint8, cropped already or not.
+    size: (height, width) of the views; None for the images' own.
+
+  Returns:
+    [B, *size, 3] float32.
+  """
+  if size is None or images.shape[1:3] == tuple(size):
+    x = images.astype(jnp.float32) / 255
+  else:
+    box = crops.central_box(images.shape[1], images.shape[2], size[0])
+    x = crops.crop_and_resize(images, jnp.tile(jnp.array(box), (len(images), 1)), size)
+  return augment.standardize(x, config.augment.mean, config.augment.std)
+
+
+def read(images: images_lib.Images, rows: Int[np.ndarray, ' n'],
+         side: int | None) -> UInt8[np.ndarray, 'n H W 3']:
+  """Some images as arrays: those in memory as they are, of those in files the central views.
+
+  Args:
+    images: `Images`.
+    rows: [n] which of them.
+    side: of the central views; None for files that are images of one size.
+
+  Raises:
+    errors.UserError: an image cannot be read.
+  """
+  if isinstance(images.files, np.ndarray):
+    return images.files[rows]
+  one = images.full if side is None else lambda i: images.central(i, side)
+  return np.stack(list(_readers().map(one, rows)))
+
+
+@functools.cache
+def _readers():
+  return futures.ThreadPoolExecutor(os.cpu_count())

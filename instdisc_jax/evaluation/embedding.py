@@ -1,0 +1,190 @@
+"""From images to features, without augmentation, on all devices and in all processes.
+
+The one engine behind the evaluation of a run, `evaluate`, `embed`, `retrieve` and `load()`. Images
+are read and decoded, ahead of the encoder, by the process whose devices take them; each device
+encodes its part of a chunk; every process gets the results, in order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, UInt8
+import numpy as np
+
+from instdisc_jax import config as config_lib
+from instdisc_jax.data import feeds, views
+from instdisc_jax.data.images import Images
+from instdisc_jax.models import layers
+from instdisc_jax.runtime import distributed, errors
+from instdisc_jax.runtime import mesh as mesh_lib
+
+STAGES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'pooled')
+EMBEDDING = 'embedding'
+_CHUNK = 256  # most images per device and call,
+_CHUNK_PIXELS = 2**22  # and most pixels
+_STAGE_VALUES = 9600  # most values of a stage, which is average-pooled (Zhang et al., 2016)
+_FEW_CHUNKS = 16  # worker processes take seconds to start: threads do for no more than these
+
+
+class Engine:
+  """An encoder over a mesh.
+
+  Args:
+    config: the run's configuration.
+    encoder: a Linen module.
+    mesh: the device mesh, over all processes.
+    size: (height, width) that the encoder sees; by default `augment.size`, or the images' own.
+    check: called between chunks, in every process; what it raises ends the work.
+  """
+
+  def __init__(self, config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mesh,
+               size: tuple[int, int] | None = None, check: Callable[[], None] = lambda: None):
+    if size is None and config.augment.size is not None:
+      size = config.augment.size, config.augment.size
+    self._config, self._mesh, self._size, self._check = config, mesh, size, check
+    self._programs = functools.cache(functools.partial(encode, config, encoder, mesh, size))
+
+  def run(self, variables: dict[str, Any], images: Images,
+          names: Sequence[str] = (EMBEDDING,), first: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Features of many images; every process must call it with the same arguments.
+
+    Args:
+      variables: of the encoder, {'params', 'batch_stats'}.
+      images: N images.
+      names: which features: `EMBEDDING` or any of `STAGES`; stages that the encoder lacks are
+        left out.
+      first: the image to start with.
+
+    Yields:
+      {name: [n, F] float32} for the next n images, in order.
+
+    Raises:
+      errors.UserError: an image cannot be read, or has another size than the others although the
+        run does not crop images to one size.
+    """
+    program, previous = self._programs(tuple(names)), None
+    for count, chunk in self._chunks(images, first):
+      running = count, program(variables, chunk)
+      if previous is not None:  # fetched while the next one computes
+        yield _fetch(*previous)
+      previous = running
+      self._check()
+    if previous is not None:
+      yield _fetch(*previous)
+
+  def embed(self, variables: dict[str, Any], images: Images) -> Float[np.ndarray, 'N D']:
+    """The unit-norm embeddings of all images."""
+    if not len(images):
+      return np.zeros((0, self._config.model.embedding_dim), np.float32)
+    return np.concatenate([part[EMBEDDING] for part in self.run(variables, images)])
+
+  def views(self, images: Images, side: int) -> UInt8[np.ndarray, 'N side side 3']:
+    """The central views of all images, at any size, on every process."""
+    return np.concatenate([distributed.gather(chunk)[:count]
+                           for count, chunk in self._chunks(images, 0, side)])
+
+  def _chunks(self, images, first, side=None):
+    """Yields (number of images, their views on the devices, padded with the last image)."""
+    in_memory = isinstance(images.files, np.ndarray)
+    if side is None and not in_memory:  # arrays are cropped on the device, files on the host
+      side = self._config.augment.size
+    height, width = (side, side) if side is not None else _first_shape(images)
+    most = min(_CHUNK, max(1, _CHUNK_PIXELS // (height * width)))
+    wanted = math.ceil((len(images) - first) / self._mesh.size)
+    total = min(most, 1 << (wanted - 1).bit_length()) * self._mesh.size  # few sizes are compiled
+    slots = mesh_lib.local_slots(self._mesh, total)
+    load = functools.partial(load_views, images=images, first=first, total=total, slots=slots,
+                             side=side, shape=(height, width, 3))
+    count = math.ceil((len(images) - first) / total)
+    if in_memory and side is None:
+      chunks = map(load, range(count))
+    else:
+      workers = feeds.num_workers(self._config.dataset.workers) if count > _FEW_CHUNKS else 0
+      chunks = feeds.in_background(load, 0, count, workers)
+    for number, chunk in enumerate(chunks):
+      yield (min(total, len(images) - first - number * total),
+             mesh_lib.place_local(chunk, self._mesh, slots, total))
+
+
+def encode(config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mesh,
+           size: tuple[int, int] | None, names: tuple[str, ...]) -> Any:
+  """The encoder in evaluation mode over the mesh.
+
+  Args:
+    config: the run's configuration.
+    encoder: a Linen module.
+    mesh: the device mesh.
+    size: (height, width) of the views; None for the images' own.
+    names: which features, see `Engine.run`.
+
+  Returns:
+    A jitted (variables, images [n, H, W, 3] uint8, sharded) -> {name: [n, F], sharded}.
+  """
+  def device_part(variables, images):
+    embedding, updated = encoder.apply(variables, views.central(config, images, size), train=False,
+                                     mutable=['stages'])
+    shown: Any = dict(updated).get('stages', {})
+    features = {name: _pool(shown[f'{name}_output']) for name in STAGES
+                if name in names and f'{name}_output' in shown}
+    return features | ({EMBEDDING: embedding} if EMBEDDING in names else {})
+
+  return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(P(), P(mesh_lib.AXIS)),
+                               out_specs=P(mesh_lib.AXIS)))
+
+
+def load_views(chunk: int, *, images: Images, first: int, total: int, slots: np.ndarray,
+               side: int | None, shape: tuple[int, ...]) -> UInt8[np.ndarray, 'b H W 3']:
+  """This process's part of a chunk; for threads and worker processes.
+
+  Args:
+    chunk: its number.
+    images: N images.
+    first: the image that the first chunk begins with.
+    total: images of a chunk, over all processes.
+    slots: [b] which of them belong to this process.
+    side: of the central views; None for images as they are, of the given shape.
+    shape: (H, W, 3).
+
+  Returns:
+    [b, H, W, 3].
+
+  Raises:
+    errors.UserError: an image cannot be read, or has another shape.
+  """
+  index = np.minimum(first + chunk * total + slots, len(images) - 1)
+  if side is not None:
+    return np.stack([images.central(i, side) for i in index])
+  if isinstance(images.files, np.ndarray):
+    return images.files[index]
+  views = [images.full(i) for i in index]
+  for i, view in zip(index, views):
+    if view.shape != shape:
+      raise errors.UserError(
+          f'{images.name(i)} has {view.shape[0]} x {view.shape[1]} pixels',
+          f'{shape[0]} x {shape[1]} like {images.name(0)}', setting='augment.size',
+          remedy='use images of one size, or set <augment.size> and <dataset.path>=stream in a new '
+                 '<--workdir> to train on crops of one size')
+  return np.stack(views)
+
+
+def _first_shape(images):
+  return images.shape[:2] if images.shape is not None else images.full(0).shape[:2]
+
+
+def _fetch(count, features):
+  """The values of a chunk's images on this host."""
+  return {name: distributed.gather(value)[:count] for name, value in features.items()}
+
+
+def _pool(x):
+  """[n, H, W, C] -> [n, s·s·C] with the largest s that `_STAGE_VALUES` allows; [n, C] as it is."""
+  if x.ndim == 4:
+    side = min(x.shape[1], max(1, math.isqrt(_STAGE_VALUES // x.shape[3])))
+    x = layers.average_to(x, side)
+  return x.reshape(x.shape[0], -1).astype(jnp.float32)

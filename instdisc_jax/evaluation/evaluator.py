@@ -1,0 +1,107 @@
+"""kNN accuracy of a state, during training and after it."""
+
+from typing import Any
+
+import jax
+from jaxtyping import Float, Int
+import numpy as np
+
+from instdisc_jax import data, linalg
+from instdisc_jax.data import views
+from instdisc_jax.evaluation import embedding, figures, knn
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime import preemption
+from instdisc_jax.training.state import Setup, TrainState
+
+_PIXEL_SIDE = 32  # of images in files, for the kNN of raw pixels
+_MOST_PIXEL_ROWS = 200_000  # which take 12 KiB each
+
+
+class Evaluator:
+  """kNN of a data set's held-out images against its training images.
+
+  Without held-out images the training images themselves are the queries, each with its own row left
+  out. Without labels there is no accuracy, only neighbors.
+
+  Args:
+    setup: what the run is.
+    dataset: its data, in memory if the run is resident.
+    watch: for signals, asked between the calls of the encoder.
+
+  Attributes:
+    queries: the query images.
+    has_labels: whether accuracy can be measured.
+    side: of the views, in pixels.
+  """
+
+  def __init__(self, setup: Setup, dataset: data.Dataset, watch: preemption.Watch):
+    self._setup, self._train = setup, dataset.train
+    self._own_row = None
+    self.queries = dataset.train if dataset.test is None else dataset.test
+    if dataset.test is None:
+      self._own_row = np.arange(setup.num_rows, dtype=np.int32)
+    self.has_labels = dataset.train.labels is not None and self.queries.labels is not None
+    config, mesh = setup.config, setup.mesh
+    size = views.size(config, dataset.train.shape)
+    self.side = size[0]
+    self._engine = embedding.Engine(config, setup.encoder, mesh, size, watch.check)
+    k = min(max(config.knn.neighbors, figures.NEIGHBORS),
+            setup.num_rows - (self._own_row is not None))
+    self._nearest = knn.over_mesh(mesh, k, setup.num_rows, config.knn.recall_target)
+    self._exact = knn.over_mesh(mesh, k, setup.num_rows)
+
+  def embed(self, state: TrainState, images: data.Images) -> Float[np.ndarray, 'n D']:
+    """Embeddings of any images."""
+    return self._engine.embed({'params': state.params, 'batch_stats': state.batch_stats}, images)
+
+  def from_bank(self, state: TrainState) -> float | None:
+    """kNN top-1 of the queries against the bank's current rows, or None without labels."""
+    if not self.has_labels:
+      return None
+    return self._top1(*self._search(self.embed(state, self.queries), state.bank))
+
+  def recomputed(self, state: TrainState) -> tuple[float | None, Int[np.ndarray, 'Q K']]:
+    """Against fresh features of all training images: (top-1 or None, neighbors [Q, K])."""
+    rows = self.embed(state, self._train)
+    queries = rows if self._own_row is not None else self.embed(state, self.queries)
+    found = self._search(queries, mesh_lib.shard_rows(rows, self._setup.mesh))
+    return self._top1(*found), found[1]
+
+  def pixels(self) -> float | None:
+    """kNN top-1 with mean-centered raw pixels as features; None without labels.
+
+    For images in files these are the pixels of views of 32 x 32; None if there are very many.
+    """
+    if not self.has_labels or (not isinstance(self._train.files, np.ndarray)
+                               and len(self._train) > _MOST_PIXEL_ROWS):
+      return None
+    flat = self._pixels(self._train)
+    mean = flat.mean(axis=0)
+    queries = flat if self._own_row is not None else self._pixels(self.queries)
+    bank = mesh_lib.shard_rows(linalg.unit(flat - mean), self._setup.mesh)
+    return self._top1(*self._search(linalg.unit(queries - mean), bank))
+
+  def recall(self, state: TrainState) -> float | None:
+    """Share of the exact neighbors that the approximate search finds; None if it is not used."""
+    if self._setup.config.knn.recall_target is None:
+      return None
+    queries = self.embed(state, self.queries)
+    found, exact = (self._search(queries, state.bank, search)[1]
+                    for search in (self._nearest, self._exact))
+    return knn.recall(found, exact)
+
+  def _pixels(self, images):
+    pixels = (images.files if isinstance(images.files, np.ndarray)
+              else self._engine.views(images, _PIXEL_SIDE))
+    return pixels.reshape(len(images), -1).astype(np.float32)
+
+  def _search(self, queries, bank, search=None) -> tuple[Any, Any]:
+    own_row = np.full(len(queries), -1, np.int32) if self._own_row is None else self._own_row
+    return jax.device_get((search or self._nearest)(queries, bank, own_row))
+
+  def _top1(self, similarity, row):
+    if self._train.labels is None or self.queries.labels is None:
+      return None
+    k = self._setup.config.knn.neighbors
+    return knn.top1(similarity[:, :k], row[:, :k], self._train.labels, self.queries.labels,
+                    self._setup.config.knn.temperature)

@@ -1,0 +1,146 @@
+"""The figures of a run: its curves, its nearest neighbors, its confusion matrix."""
+
+from collections.abc import Sequence
+import io
+from typing import Any
+import warnings
+
+from jaxtyping import Int
+from matplotlib import figure as figure_lib
+from matplotlib import patches
+import numpy as np
+
+from instdisc_jax import data
+from instdisc_jax.runtime import files
+
+QUERIES = 12  # in neighbors.png,
+NEIGHBORS = 8  # and neighbors of each
+_NAMED = 30  # most classes whose names fit beside a confusion matrix
+
+
+def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figure:
+  """A figure of loss and kNN top-1 over epochs."""
+  figure = figure_lib.Figure(figsize=(10, 3.6), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  epochs_per_step = batch_size / summary['num_rows']
+  epoch = lambda key: [line['step'] * epochs_per_step for line in lines
+                       if line.get(key) is not None]
+  value = lambda key: [line[key] for line in lines if line.get(key) is not None]
+  left.plot(epoch('loss'), value('loss'), color='#1f77b4')
+  left.axhline(np.log(summary['num_rows']), color='gray', ls=':', lw=1)
+  left.annotate('log N', (1, np.log(summary['num_rows'])), xycoords=('axes fraction', 'data'),
+                ha='right', va='bottom', color='gray')
+  left.set(xlabel='epoch', ylabel='loss', title=f'{summary["loss"]} loss')
+  right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728', label='bank rows, in training')
+  for key, title, style in (('knn_top1', 'recomputed, at the end', '-'),
+                            ('knn_top1_pixels', 'raw pixels', '--'),
+                            ('knn_top1_untrained', 'untrained', ':')):
+    if summary[key] is not None:
+      right.axhline(summary[key], color='black', ls=style, lw=1,
+                    label=f'{title}: {summary[key]:.3f}')
+  right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1),
+            title=f'kNN, {_escaped(summary["dataset"])}')
+  if summary['knn_top1'] is not None:
+    right.legend(fontsize=8, loc='lower right')
+  else:
+    right.text(0.5, 0.5, 'no labels', transform=right.transAxes, ha='center', color='gray')
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+  return figure
+
+
+def neighbors(dataset: data.Dataset, row: Int[np.ndarray, 'Q K'], side: int,
+              num_queries: int) -> figure_lib.Figure:
+  """A figure of some queries beside their nearest training images, right and wrong ones marked.
+
+  Args:
+    dataset: its test images, or else its training images, are the queries.
+    row: [Q, K] their nearest training images.
+    side: of the central views that are shown of images in files, in pixels.
+    num_queries: how many, evenly spaced.
+  """
+  query_images = dataset.train if dataset.test is None else dataset.test
+  queries = np.linspace(0, len(row) - 1, min(num_queries, len(row))).astype(int)
+  shown = min(NEIGHBORS, row.shape[1])
+  names = dataset.class_names
+  name = lambda label: str(label) if names is None else _escaped(names[label][:12])
+  height = 1.25  # of a line, whose images are 1 by 1
+  # One pair of axes for all: matplotlib needs seconds for one per image.
+  figure = figure_lib.Figure(layout='constrained', figsize=(
+      0.85 * 1.08 * (shown + 1), 0.85 * height * len(queries) + 0.3))
+  axes = figure.subplots()
+  for line, query in enumerate(queries):
+    images = [_to_look_at(query_images, query, side),
+              *(_to_look_at(dataset.train, i, side) for i in row[query, :shown])]
+    labels: list[Any] = [None] * len(images)
+    if query_images.labels is not None and dataset.train.labels is not None:
+      labels = [query_images.labels[query], *dataset.train.labels[row[query, :shown]]]
+    for i, (image, label) in enumerate(zip(images, labels)):
+      x, y = 1.08 * i, height * line
+      half = np.array(image.shape[:2]) / max(image.shape[:2]) / 2
+      left, right, top, bottom = x - half[1], x + half[1], y - half[0], y + half[0]
+      axes.imshow(image, interpolation='nearest', extent=(left, right, bottom, top))
+      if label is None:
+        continue
+      same = label == labels[0]
+      color = 'black' if i == 0 else '#2ca02c' if same else '#d62728'
+      mark = '' if i == 0 else '✓ ' if same else '✗ '
+      axes.text(x, top - 0.04, mark + name(label), fontsize=7, color=color, ha='center')
+      axes.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False,
+                                       color=color, linewidth=1 if i == 0 else 2))
+  axes.set(xlim=(-0.54, 1.08 * shown + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
+  axes.axis('off')
+  figure.suptitle('query and its nearest training images', x=0.01, ha='left', fontsize=9)
+  return figure
+
+
+def _to_look_at(images, i, side):
+  """Image i in full if it is in memory, else its central view."""
+  return images.full(i) if isinstance(images.files, np.ndarray) else images.central(i, side)
+
+
+def confusion(counts: Int[np.ndarray, 'C C'], class_names: Sequence[str],
+              dataset: str) -> figure_lib.Figure:
+  """A figure of the confusion matrix.
+
+  Args:
+    counts: [C, C] int, true class by predicted class.
+    class_names: C of them.
+    dataset: name of the data set.
+  """
+  named = len(class_names) <= _NAMED
+  figure = figure_lib.Figure(figsize=(8, 7), layout='constrained')
+  axes = figure.subplots()
+  share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  drawn = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+  figure.colorbar(drawn, label='share of the class')
+  axes.set(xlabel='predicted', ylabel='true',
+           title=f'{_escaped(dataset)}: top-1 {np.trace(counts) / counts.sum():.3f}')
+  if named:
+    names = [_escaped(name[:12]) for name in class_names]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    for i, j in zip(*np.nonzero(counts)):
+      axes.text(j, i, str(counts[i, j]), ha='center', va='center', fontsize=7,
+                color='white' if share[i, j] > 0.5 else 'black')
+  return figure
+
+
+def printable(name: str) -> str:
+  """A name, with a question mark for each byte that is not text."""
+  return name.encode('utf8', 'replace').decode('utf8')
+
+
+def _escaped(name):
+  """A name for matplotlib, which would read text between two dollar signs as mathematics."""
+  return printable(name).replace('$', r'\$')
+
+
+def save(figure: figure_lib.Figure, path: files.Place) -> None:
+  """Writes a figure as PNG."""
+  png = io.BytesIO()
+  with warnings.catch_warnings():  # letters that no font here has become boxes
+    warnings.filterwarnings('ignore', message='Glyph .* missing')
+    figure.savefig(png, dpi=110)
+  files.write(path, png.getvalue())

@@ -1,0 +1,106 @@
+"""The summary of a run: summary.json, and the same as a table."""
+
+from collections.abc import Callable, Iterable
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from rich import console as rich_console
+from rich import table as rich_table
+
+from instdisc_jax import data
+from instdisc_jax.evaluation import figures
+from instdisc_jax.evaluation.evaluator import Evaluator
+from instdisc_jax.runtime import distributed, files, metrics
+from instdisc_jax.training.state import Setup, TrainState
+
+FILE = 'summary.json'
+
+
+def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator: Evaluator,
+           states: tuple[TrainState, TrainState], images_per_second: float | None,
+           wall_clock: Callable[[], float]) -> dict[str, Any]:
+  """Evaluates a trained state and writes summary.json, curves.png and neighbors.png.
+
+  Args:
+    workdir: the run's folder.
+    setup: what the run is.
+    dataset: its data.
+    evaluator: of the run.
+    states: (the state that the run started from, the trained one).
+    images_per_second: of training, or None.
+    wall_clock: () -> seconds since the run began.
+
+  Returns:
+    The summary.
+  """
+  config, (untrained, state) = setup.config, states
+  lines = metrics.read(workdir)
+  steps = [line['step_loss'] for line in lines if 'step_loss' in line]
+  top1, row = evaluator.recomputed(state)
+  summary = {
+      'dataset': dataset.name,
+      'num_rows': setup.num_rows,
+      'num_queries': len(evaluator.queries),
+      'num_devices': setup.mesh.size,
+      'steps': int(state.step),
+      'final_loss': steps[-1] if steps else None,  # imported weights, no step taken
+      'loss': config.loss.name,
+      'knn_neighbors': config.knn.neighbors,
+      'knn_temperature': config.knn.temperature,
+      'knn_recall': evaluator.recall(state),
+      'knn_top1': top1,
+      'knn_top1_bank': evaluator.from_bank(state),
+      'knn_top1_untrained': evaluator.recomputed(untrained)[0],
+      'knn_top1_pixels': evaluator.pixels(),
+      'images_per_second': images_per_second,
+      'params_digest': digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
+      'bank_digest': digest([distributed.gather(state.bank)[:setup.num_rows]]),
+      'normalizer': float(state.normalizer) or None,
+      'wall_seconds': wall_clock(),
+  }
+  if jax.process_index() == 0:
+    figures.save(figures.curves(lines, summary, config.batch_size), workdir / 'curves.png')
+    neighbors = figures.neighbors(dataset, row, evaluator.side, figures.QUERIES)
+    figures.save(neighbors, workdir / 'neighbors.png')
+    files.write(workdir / FILE, json.dumps(summary, indent=2) + '\n')
+  return summary
+
+
+def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Console) -> None:
+  """Prints a summary as a table."""
+  table = rich_table.Table(
+      title=f'{summary["dataset"]}: kNN top-1, K = {summary["knn_neighbors"]}, '
+            f'τ = {summary["knn_temperature"]}')
+  table.add_column('features')
+  table.add_column('top-1', justify='right')
+  for title, key in (('raw pixels, mean-centred', 'knn_top1_pixels'),
+                     ('untrained encoder', 'knn_top1_untrained'),
+                     ('trained encoder', 'knn_top1'),
+                     ('trained encoder, against bank rows', 'knn_top1_bank')):
+    value = summary[key]
+    table.add_row(title, '–' if value is None else f'{value:.3f}')
+  if summary['knn_top1'] is not None:
+    console.print(table)
+  if summary['knn_recall'] is not None:
+    console.print(f'approximate search: recall {summary["knn_recall"]:.4f}', markup=False)
+  if summary['knn_top1'] is None:
+    console.print('no kNN accuracy, because the images have no labels; neighbors.png shows the '
+                  'nearest neighbors', markup=False)
+  speed = summary['images_per_second']
+  loss = summary['final_loss']
+  console.print(f'{summary["steps"]} steps' + ('' if loss is None else f', final loss {loss:.3f}')
+                + (f', {speed:,.0f} images/s' if speed else '')
+                + f', {summary["wall_seconds"]:.0f} s', markup=False)
+  console.print(f'{workdir}: {FILE}, {metrics.FILE}, curves.png, neighbors.png',
+                markup=False)
+
+
+def digest(arrays: Iterable[Any]) -> str:
+  """SHA-256 of the bytes of arrays, one after the other, in hexadecimal."""
+  result = hashlib.sha256()
+  for array in arrays:
+    result.update(np.ascontiguousarray(array).tobytes())
+  return result.hexdigest()

@@ -1,0 +1,125 @@
+"""A run, from its configuration to its summary. This file only wires the parts together."""
+
+import contextlib
+import json
+import os
+import time
+from typing import Any
+
+import jax
+
+from instdisc_jax import config as config_lib
+from instdisc_jax import data
+from instdisc_jax.data import feeds, folder, views
+from instdisc_jax.evaluation import summary as summary_lib
+from instdisc_jax.evaluation.evaluator import Evaluator
+from instdisc_jax.runtime import (
+  checkpoint,
+  distributed,
+  errors,
+  files,
+  metrics,
+  preemption,
+  profiling,
+)
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.training import loop, warm_start
+from instdisc_jax.training.monitor import Monitor
+from instdisc_jax.training.plan import Plan
+from instdisc_jax.training.state import Setup, make_init
+
+
+def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any = None,
+        watch: preemption.Watch | None = None) -> dict[str, Any]:
+  """Trains to the end, evaluates, and returns the summary; resumes a run that was interrupted.
+
+  Args:
+    config: a `ConfigDict` with the keys of `config.default()`.
+    workdir: the run's folder or bucket; created if need be.
+    devices: to train on; by default all that JAX shows.
+    watch: a `preemption.Watch` that is entered; by default signals are left alone.
+
+  Returns:
+    What summary.json holds.
+
+  Raises:
+    errors.UserError: a setting, the data or the workdir is not as required.
+    errors.RunError: the run failed.
+    errors.Stopped: a signal came; what was done is saved.
+  """
+  started = time.monotonic()
+  watch, workdir = watch or preemption.Watch(), files.place(workdir)
+  setup, dataset = _prepare(config, workdir, mesh_lib.make(devices))
+  config, plan = setup.config, Plan.of(setup.config, setup.num_rows)
+  weights = None if config.model.init is None else warm_start.read_weights(config)
+
+  with contextlib.ExitStack() as stack:
+    settings = config_lib.to_json(config)
+    closing = lambda thing: stack.enter_context(contextlib.closing(thing))
+    feed = feeds.make(config, dataset.train, setup.mesh, plan.end)
+    stack.enter_context(workdir_lib.claim(workdir, settings, config_lib.changeable(settings),
+                                          dataset.train.fingerprint))
+    if dataset.listing is not None:
+      distributed.first_only(lambda: folder.keep(dataset.listing, dataset.train.names or (),
+                                                 workdir))
+    checkpoints = closing(checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep,
+                                                 setup.num_rows, setup.mesh))
+    checkpoints.move_damaged_aside()
+    saved = checkpoints.latest_step()
+    _check_end(workdir, saved, plan.end)
+    progress = closing(metrics.Progress(saved or 0, plan.end))
+    if saved == plan.end and (workdir / summary_lib.FILE).exists():
+      summary = json.loads((workdir / summary_lib.FILE).read_text())
+      summary_lib.show(summary, workdir, progress.console)
+      return summary
+
+    evaluator = Evaluator(setup, dataset, watch)
+    init = make_init(setup, views.size(config, dataset.train.shape))
+    start = lambda: warm_start.with_weights(init(), weights)
+    state, pending_losses = start(), []
+    if saved is not None:
+      state, pending_losses = checkpoints.restore(state), checkpoints.pending_losses()
+      progress.print(f'resuming {workdir} at step {saved} of {plan.end}')
+    elif config.model.init is not None:
+      state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed, setup.mesh)
+    lines = closing(metrics.Metrics(workdir, saved or 0))
+    wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
+    monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,
+                      wall_clock=wall_clock, last_saved=checkpoints.latest_step)
+    trace = closing(profiling.Trace(workdir, config.profile_steps))
+    with contextlib.closing(feed):
+      state = loop.fit(state, setup, feed, plan=plan, checkpoints=checkpoints, monitor=monitor,
+                       trace=trace, watch=watch, evaluate=evaluator.from_bank)
+    summary = summary_lib.finish(workdir, setup, dataset, evaluator, (start(), state),
+                                 monitor.timer.mean(), wall_clock)
+    progress.close()
+    summary_lib.show(summary, workdir, progress.console)
+    return summary
+
+
+def _prepare(config: config_lib.Config, workdir: files.Place,
+             mesh: jax.sharding.Mesh) -> tuple[Setup, data.Dataset]:
+  """What the run is, and its data; raises `errors.UserError` if they do not fit together."""
+  config_lib.validate(config)
+  dataset = data.load(config.dataset, config.seed, workdir)
+  num_rows, config = len(dataset.train), config_lib.fill(config, len(dataset.train))
+  if config.dataset.path == 'auto':
+    before = None
+    if (workdir / workdir_lib.CONFIG).exists():
+      before = workdir_lib.read(workdir)[0].get('dataset.path')
+    config.dataset.path = feeds.choose_path(config, dataset.train, before, mesh)
+  view_size = views.size(config, dataset.train.shape)
+  if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
+    config.augment.size = view_size[0]
+  config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
+  if config.dataset.path == 'resident':
+    dataset = dataset.in_memory()
+  return Setup.of(config, num_rows, mesh), dataset
+
+
+def _check_end(workdir, saved, end):
+  if saved is not None and saved > end:
+    raise errors.UserError(
+        f"'{workdir}' is at step {saved}, past the {end} steps asked for", setting='epochs',
+        remedy='set <epochs> (or <steps>) to more, or another <--workdir>')

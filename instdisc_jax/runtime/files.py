@@ -1,0 +1,66 @@
+"""The files of a run, in a folder or in a bucket (gs://...): the same calls for both."""
+
+import logging
+import os
+import pathlib
+from typing import TypeAlias
+
+from etils import epath
+
+from instdisc_jax.runtime import errors
+
+Place: TypeAlias = pathlib.Path | epath.Path
+
+
+def place(path: str | os.PathLike[str]) -> Place:
+  """The path as an object: an absolute `pathlib.Path` for a folder, an `epath.Path` for a bucket.
+
+  Raises:
+    errors.UserError: a str, as given by a user, that names a bucket which cannot be reached.
+  """
+  if not in_bucket(path):
+    return pathlib.Path(path).absolute()
+  asked, path = path, epath.Path(path)
+  if not isinstance(asked, str):
+    return path
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it also raises what it logs
+  try:
+    path.exists()
+  except ImportError as e:
+    raise errors.UserError(
+        f"'{path}' is in a bucket, which needs a package that is not installed "
+        f'({errors.one_line(e)})', remedy='install it, or use a folder') from e
+  except Exception as e:  # of any library a bucket needs: credentials, network, permissions
+    raise errors.UserError(
+        f"'{path}' cannot be reached ({errors.one_line(e)[:200]})",
+        remedy="log in with 'gcloud auth application-default login', or use another place") from e
+  return path
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is in a bucket rather than in a local file system."""
+  return '://' in os.fspath(path)
+
+
+def append(path: Place, text: str) -> None:
+  """Appends text to a file in one call; creates the file if need be."""
+  if in_bucket(path):
+    path.write_text((path.read_text() if path.exists() else '') + text)
+    return
+  with path.open('a', encoding='utf8', errors='surrogateescape') as file:
+    file.write(text)
+
+
+def write(path: Place, content: str | bytes) -> None:
+  """Writes a file completely or not at all; a bucket does so by itself."""
+  if isinstance(content, str):
+    content = content.encode(errors='surrogateescape')
+  if in_bucket(path):
+    path.write_bytes(content)
+    return
+  partial = path.with_name(path.name + '.partial')
+  try:
+    partial.write_bytes(content)
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""Embeddings of a folder of images as a file, written in parts, so that a stopped run resumes.
+
+Until the file is complete, its parts are in a folder beside it:
+
+    identity.json      whose embeddings they are
+    0.npy, 1.npy, ...  [1024, D] each, the last one shorter
+"""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from jaxtyping import Float, Int
+import numpy as np
+
+from instdisc_jax import inference
+from instdisc_jax.data import folder
+from instdisc_jax.data import images as images_lib
+from instdisc_jax.runtime import distributed, errors, metrics, preemption
+
+PART = 1024  # images of a part, whatever the number of devices: a run may resume on others
+
+
+def write(model: inference.Model, images: str, output: pathlib.Path, watch: preemption.Watch,
+          on_unreadable: str = 'error') -> int:
+  """Writes the embeddings of all images of a folder.
+
+  All processes embed; the first one writes. Called again with the same weights and images, it
+  computes only the parts that are missing.
+
+  Args:
+    model: a trained run.
+    images: the folder.
+    output: the .npz to write: 'path' [n] str, 'embedding' [n, D] float32 unit-norm, 'index' [n]
+      int32, the bank's row of an image that the run was trained on, else -1.
+    watch: checked after each chunk, in all processes.
+    on_unreadable: see `folder.load`.
+
+  Returns:
+    The number of images.
+
+  Raises:
+    errors.UserError: no images, one that cannot be read, or a place that cannot be written.
+    errors.Stopped: a signal came; complete parts are kept.
+  """
+  source, _, listing = folder.load(images, on_unreadable, setting='--images')
+  _check_same(source, images)
+  index = model.rows_of(source, listing['files'])
+  parts = _Parts(output, {'weights': model.digest(), 'images': source.identity(), 'part': PART})
+  _on_first(output, parts.open)
+  done = parts.count() if jax.process_index() == 0 else 0
+  first = min(int(distributed.agree(done)) * PART, len(source))
+  if first < len(source):
+    _embed(model, source, first, watch,
+           lambda part, embedding: _on_first(output, lambda: parts.write(part, embedding)))
+  _on_first(output, lambda: parts.combine(np.array(source.names), index))
+  return len(source)
+
+
+def _check_same(source, images):
+  """All processes must see the same images, or they would wait for each other forever."""
+  digest = np.frombuffer(hashlib.sha256(source.fingerprint.encode()).digest(), np.uint8)
+  if not distributed.everywhere(bool(np.array_equal(distributed.agree(digest), digest))):
+    raise errors.UserError(f"'{images}' does not hold the same images for all processes",
+                           remedy='set <--images> to a folder that they share', setting='--images')
+
+
+def _embed(model, source, first, watch, write_part: Callable[[int, np.ndarray], None]) -> None:
+  """Embeds the images from `first` on and hands them over in parts."""
+  waiting, number = np.zeros((0, model.config.model.embedding_dim), np.float32), first // PART
+  with metrics.progress_bar('embedding') as progress:
+    task = progress.add_task('embedding', total=len(source), completed=first)
+    try:
+      for chunk in model.embed_all(source, first):
+        waiting = np.concatenate([waiting, chunk])
+        while len(waiting) >= PART:
+          write_part(number, waiting[:PART])
+          waiting, number = waiting[PART:], number + 1
+        progress.advance(task, len(chunk))
+        watch.check()
+    except images_lib.UnreadableImage as e:
+      raise e.with_remedy('remove it, or set <--on_unreadable>=skip, or <--images>') from e
+  if len(waiting):
+    write_part(number, waiting)
+
+
+def _on_first(output, action):
+  """Runs `action()` on the first process; raises `errors.UserError` if it cannot write."""
+  def guarded():
+    try:
+      action()
+    except OSError as e:
+      raise errors.cannot_write(output, e, '--output') from e
+
+  distributed.first_only(guarded)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """The parts of a file, in a folder beside it.
+
+  Attributes:
+    output: the file.
+    identity: whose embeddings they are.
+  """
+  output: pathlib.Path
+  identity: dict[str, Any]
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return self.output.with_name(self.output.name + '.partial')
+
+  def open(self) -> None:
+    """Makes the folder, or takes it as it is if its parts are the same embeddings."""
+    file = self.folder / 'identity.json'
+    try:
+      same = json.loads(file.read_text()) == self.identity
+    except (OSError, ValueError):
+      same = False
+    if same:
+      return
+    if self.folder.exists() and any(self.folder.iterdir()) and not file.exists():
+      raise errors.UserError(f"'{self.folder}' is in the way, and not of this command",
+                             remedy='move it, or set <--output> to another place',
+                             setting='--output')
+    shutil.rmtree(self.folder, ignore_errors=True)
+    self.folder.mkdir()
+    file.write_text(json.dumps(self.identity))
+
+  def count(self) -> int:
+    """How many parts there are, without a gap."""
+    done = 0
+    while self._part(done).exists():
+      done += 1
+    return done
+
+  def write(self, number: int, embedding: Float[np.ndarray, 'n D']) -> None:
+    """Writes a part completely or not at all."""
+    partial = self.folder / 'part.partial.npy'
+    np.save(partial, embedding)
+    os.replace(partial, self._part(number))
+
+  def combine(self, path: np.ndarray, index: Int[np.ndarray, ' n']) -> None:
+    """Writes the file, then removes the folder."""
+    embedding = np.concatenate([np.load(self._part(i)) for i in range(self.count())])
+    partial = self.folder / 'all.npz'
+    np.savez(partial, path=path, embedding=embedding, index=index)
+    os.replace(partial, self.output)
+    shutil.rmtree(self.folder)
+
+  def _part(self, number):
+    return self.folder / f'{number}.npy'

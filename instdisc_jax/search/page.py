@@ -1,0 +1,279 @@
+"""The search page: images beside their nearest training images, near-duplicates and outliers.
+
+It is a folder that opens from disk, without a server, and works offline:
+
+    index.html    the same for all pages
+    data.js       what is on this one
+    images/       a thumbnail of each image
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from jaxtyping import Float, Int
+import numpy as np
+from PIL import Image
+
+from instdisc_jax import inference
+from instdisc_jax.data import folder
+from instdisc_jax.data import images as images_lib
+from instdisc_jax.runtime import errors, metrics, preemption
+from instdisc_jax.search import neighbors
+
+TEMPLATE = pathlib.Path(__file__).with_name('page.html')
+MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # tells a page of ours
+_FILES = {'index.html', 'data.js', 'images', 'pictures'}  # the last as it was called before
+_SIDE = 128  # of a thumbnail in pixels, the longer one
+_LOSSLESS_SIDE = 64  # smaller ones are shown pixel by pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """Which images are the queries.
+
+  Attributes:
+    folder: of images; by default the held-out images of the run's data or, where there are none,
+      the training images.
+    most: how many of them at most, evenly spread.
+    on_unreadable: see `folder.load`.
+  """
+  folder: str | None = None
+  most: int = 1000
+  on_unreadable: str = 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """The queries of a page.
+
+  Attributes:
+    title: what they are.
+    images: [q], or None if they are training images.
+    rows: [q] of the bank, if they are training images.
+  """
+  title: str
+  images: images_lib.Images | None = None
+  rows: Int[np.ndarray, ' q'] = dataclasses.field(default_factory=lambda: np.arange(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """What the bank says, in rows of the bank.
+
+  Attributes:
+    shown: the training images of the page.
+    queries: the nearest rows of queries that are not training images, or None.
+    duplicates: [(row, row, similarity)].
+    outliers: [(row, mean similarity)].
+    scanned: how many rows were searched for these two.
+  """
+  shown: neighbors.Shown
+  queries: neighbors.Nearest | None
+  duplicates: list[tuple[int, int, float]]
+  outliers: list[tuple[int, float]]
+  scanned: int
+
+
+def check_output(output: pathlib.Path) -> None:
+  """Raises `errors.UserError` if a page cannot be made there, or would replace something else."""
+  errors.check_output(output)
+  if output.exists() and not _is_page(output):
+    raise errors.UserError(f"'{output}' exists and is more than a page of this command",
+                           remedy='set <--output> to a new folder', setting='--output')
+
+
+def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
+          queries: Queries | None = None, limits: neighbors.Limits | None = None) -> int:
+  """Makes the page.
+
+  Similarities are cosines between the embedding of a query, computed now, and rows of the memory
+  bank; for a training image, between its own row and the others.
+
+  Args:
+    model: a trained run.
+    output: the folder to make; an earlier page there is replaced.
+    watch: checked now and then.
+    queries: which images are the queries.
+    limits: how much is searched.
+
+  Returns:
+    The number of queries.
+
+  Raises:
+    errors.UserError: there is no bank, the training images are gone, or an image cannot be read.
+    errors.Stopped: a signal came; nothing is left behind.
+  """
+  queries, limits = queries or Queries(), limits or neighbors.Limits()
+  trained = _trained_images(model)
+  asked = _open(queries, model)
+  embedding = None if asked.images is None else _embed(model, asked.images, watch)
+  found = _search(model, asked, embedding, limits, watch)
+  sources = [_named(trained, found.shown.rows, 'train')]
+  if asked.images is not None:
+    sources.append(asked.images)
+  _write(_content(model, asked, found, sources), sources, output, watch)
+  return len(asked.rows if asked.images is None else asked.images)
+
+
+def _trained_images(model):
+  """The images of the bank's rows."""
+  try:
+    trained = model.dataset.train
+  except errors.UserError as e:
+    if e.setting != 'dataset.name':
+      raise
+    raise e.with_remedy('restore the images that the run was trained on') from e
+  if len(model.bank) < 2:
+    raise errors.UserError(f"'{model.workdir}' was trained on one image, which has no neighbors",
+                           remedy='set <--workdir> to another run', setting='--workdir')
+  return trained
+
+
+def _open(queries, model):
+  """The queries, as images or as rows of the bank."""
+  if queries.folder is not None:
+    given, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
+    given = dataclasses.replace(given, labels=_run_labels(given.labels, names, model, len(given)))
+    title = f'images in {queries.folder}'
+  elif model.dataset.test is not None:
+    given, title = model.dataset.test, 'held-out images'
+  else:
+    return _Asked('training images', rows=neighbors.spread(len(model.dataset.train), queries.most))
+  chosen = neighbors.spread(len(given), queries.most)
+  return _Asked(title, _named(given, chosen, 'test'))
+
+
+def _run_labels(labels, names, model, n):
+  """[n] labels of a folder's images as classes of the run; -1 where the run has no such class."""
+  class_names = _class_names(model)
+  if labels is None or class_names is None:
+    return np.full(n, -1, np.int32)
+  number = {name: i for i, name in enumerate(class_names)}
+  return np.array([number.get(name, -1) for name in names], np.int32)[labels]
+
+
+def _class_names(model):
+  """The names of the run's classes, or None if it has no labels."""
+  if model.class_names is not None:
+    return list(model.class_names)
+  if model.labels is None:
+    return None
+  labels = [source.labels.max() for source in (model.dataset.train, model.dataset.test)
+            if source is not None and source.labels is not None]
+  return [str(c) for c in range(int(max(labels)) + 1)]
+
+
+def _named(source, chosen, kind):
+  """Some of the images, each with a name."""
+  part = source.subset(chosen, 'page')
+  if part.names is None:
+    part = dataclasses.replace(part, names=[f'{kind} {i}' for i in chosen])
+  return part
+
+
+def _embed(model, images, watch) -> Float[np.ndarray, 'q D']:
+  parts = []
+  try:
+    for part in model.embed_all(images):
+      parts.append(part)
+      watch.check()
+  except images_lib.UnreadableImage as e:
+    raise e.with_remedy('remove it, or set <--on_unreadable>=skip, or <--images>') from e
+  return np.concatenate(parts)
+
+
+def _search(model, asked, embedding, limits, watch):
+  """Everything about the bank that the page shows."""
+  bank, k = model.bank, limits.neighbors
+  rows, nearest = neighbors.scan(bank, model.config.seed, limits.scanned)
+  watch.check()
+  duplicates = neighbors.duplicates(rows, nearest, limits.listed)
+  outliers = neighbors.outliers(rows, nearest, limits.listed)
+  others = np.array([pair[:2] for pair in duplicates], int).ravel()
+  of_queries = None
+  if embedding is not None:
+    of_queries = neighbors.of_queries(embedding, bank, k)
+    others = np.concatenate([others, of_queries.row.ravel()])
+  if len(bank) <= limits.full:
+    exact = np.arange(len(bank))
+  else:
+    exact = np.union1d([row for row, _ in outliers], asked.rows).astype(int)
+  shown = neighbors.of_shown(exact, others, bank, k)
+  return _Found(shown, of_queries, duplicates, outliers, len(rows))
+
+
+def _content(model, asked, found, sources) -> dict[str, Any]:
+  """What data.js holds; images are numbered: training images, then queries that are none."""
+  shown = found.shown
+  number = lambda rows: np.searchsorted(shown.rows, rows).tolist()
+  nearest, similarity = number(shown.nearest.row), shown.nearest.similarity.tolist()
+  queries = number(asked.rows)
+  if asked.images is not None:
+    queries = list(range(len(shown.rows), len(shown.rows) + len(asked.images)))
+    nearest += number(found.queries.row)
+    similarity += found.queries.similarity.tolist()
+  labels = [np.full(len(source), -1) if source.labels is None else source.labels
+            for source in sources]
+  return {
+      'title': f'{model.dataset.name}, step {model.step:,}', 'queried': asked.title,
+      'rows': len(model.bank), 'trained': len(shown.rows), 'scanned': found.scanned,
+      'restricted': number(shown.restricted), 'classes': _class_names(model),
+      'names': [name for source in sources for name in source.names],
+      'labels': np.concatenate(labels).tolist(), 'queries': queries, 'neighbors': nearest,
+      'similarity': [[round(s, 4) for s in line] for line in similarity],
+      'duplicates': [[*number([i, j]), round(s, 4)] for i, j, s in found.duplicates],
+      'outliers': [[number(i), round(s, 4)] for i, s in found.outliers]}
+
+
+def _write(content, sources, output, watch):
+  """The folder, complete or not at all."""
+  partial = None
+  try:
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    partial.chmod(0o755)
+    (partial / 'images').mkdir()
+    _write_thumbnails(sources, partial / 'images', watch)
+    (partial / 'data.js').write_text(f'const PAGE = {json.dumps(content)};\n')
+    shutil.copyfile(TEMPLATE, partial / 'index.html')
+    if output.exists():
+      shutil.rmtree(output)
+    os.replace(partial, output)
+  except OSError as e:
+    raise errors.cannot_write(output, e, '--output') from e
+  finally:
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_thumbnails(sources, place, watch):
+  """NUMBER.webp for each image."""
+  todo = [(source, i) for source in sources for i in range(len(source))]
+
+  def write(number):
+    source, i = todo[number]
+    try:
+      image = Image.fromarray(source.full(i))
+    except images_lib.UnreadableImage as e:
+      raise e.with_remedy('restore it, or set <--images> to a folder without it') from e
+    image.thumbnail((_SIDE, _SIDE))
+    image.save(place / f'{number}.webp', quality=80, lossless=max(image.size) <= _LOSSLESS_SIDE)
+
+  with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        metrics.progress_bar('writing images') as progress):
+    for _ in progress.track(pool.map(write, range(len(todo))), len(todo)):
+      watch.check()
+
+
+def _is_page(path):
+  """Whether a folder is empty, or a page of ours that holds nothing else."""
+  if path.is_dir() and not any(path.iterdir()):
+    return True
+  index = path / 'index.html'
+  return (index.is_file() and MARK in index.read_text(errors='replace')[:500]
+          and {file.name for file in path.iterdir()} <= _FILES)

@@ -1,0 +1,82 @@
+"""The training loop."""
+
+from collections.abc import Callable
+from typing import Any
+
+from instdisc_jax.data import feeds
+from instdisc_jax.runtime import checkpoint, compilation, errors, preemption, profiling
+from instdisc_jax.training import monitor as monitor_lib
+from instdisc_jax.training import step as step_lib
+from instdisc_jax.training.plan import Plan
+from instdisc_jax.training.state import Setup, TrainState
+
+
+def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
+        checkpoints: checkpoint.Checkpoints, monitor: monitor_lib.Monitor, trace: profiling.Trace,
+        watch: preemption.Watch, evaluate: Callable[[TrainState], float | None]) -> TrainState:
+  """Trains from `state.step` to the end of the run.
+
+  Dispatch, settle the dispatch before, and after some steps evaluate, save, or stop. Nothing is
+  fetched from the devices between steps except the metrics of the previous dispatch. A checkpoint
+  is written only if all its values are finite.
+
+  Args:
+    state: donated.
+    setup: what the run is.
+    feed: where its batches come from.
+    plan: what happens after which step.
+    checkpoints: of the run.
+    monitor: checks and logs what is measured.
+    trace: of the profiler.
+    watch: for signals.
+    evaluate: state -> kNN top-1, or None without labels.
+
+  Returns:
+    The trained state.
+
+  Raises:
+    errors.RunError: a value that is not finite.
+    errors.Stopped: a signal came; the state is saved.
+  """
+  run_steps: Any = step_lib.over_mesh(setup, feed)
+  step, running, compiled = int(state.step), None, False
+  watch.check()
+  if plan.evaluates(step) and not monitor.has_evaluated(step):  # a signal came in between
+    monitor.evaluated(step, evaluate(state))
+  while step < plan.end:
+    count = plan.steps_to_next_event(step, feed.per_dispatch)
+    with monitor.timer.waiting():
+      inputs = feed.at(step)
+    if not compiled:
+      run_steps, costs = compilation.ahead_of_time(run_steps, (state, inputs, count),
+                                                   setup.mesh.devices.flat[0])
+      monitor.compiled(costs)
+      compiled = True
+    trace.before(step, state)
+    state, history = run_steps(state, inputs, count)
+    step += count
+    stop = running is not None and monitor.settle(running)  # while this dispatch computes
+    running = monitor_lib.Dispatch(step, count, history, watch.poll(setup.mesh))
+    if not (stop or plan.evaluates(step) or plan.saves(step)):
+      continue
+    stop = monitor.settle(running) or stop
+    running = None
+    if plan.evaluates(step) and not stop:
+      stop = not _evaluate(state, step, monitor, evaluate)
+    if stop or plan.saves(step):
+      monitor_lib.check_finite(state, checkpoints.latest_step())
+      checkpoints.save(state, monitor.losses)
+    if stop:
+      raise errors.Stopped(f'stopped by {watch.name()} at step {step} of {plan.end}, which is '
+                           'saved: run the same command again to resume')
+    monitor.timer.restart()
+  return state
+
+
+def _evaluate(state, step, monitor, evaluate):
+  """Whether the evaluation was completed; a signal interrupts it."""
+  try:
+    monitor.evaluated(step, evaluate(state))
+  except errors.Stopped:
+    return False
+  return True

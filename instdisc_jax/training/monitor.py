@@ -1,0 +1,212 @@
+"""Watching a run: what is measured is checked, warned about and logged.
+
+What a dispatch measured is fetched one dispatch later, so the devices never wait for the host.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instdisc_jax.runtime import errors, metrics, profiling
+from instdisc_jax.training import optimizer
+from instdisc_jax.training.plan import Plan
+from instdisc_jax.training.state import Setup, TrainState
+
+_COLLAPSED = 0.99  # norm of the mean embedding above which an encoder counts as collapsed
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """Steps that were sent to the devices together.
+
+  Attributes:
+    step: steps taken when they are done.
+    count: how many they are.
+    history: {metric: [S]}, of which the first `count` are theirs.
+    stop: whether a signal came before they were sent; see `preemption.Watch.poll`.
+  """
+  step: int
+  count: int
+  history: dict[str, Any]
+  stop: Any
+
+
+class Monitor:
+  """Checks and logs what a run measures.
+
+  Args:
+    setup: what the run is.
+    plan: when a line is logged.
+    lines: metrics.jsonl.
+    progress: the terminal.
+    pending_losses: of the steps since the last line, from before the run was resumed.
+    wall_clock: () -> seconds since the run began.
+    last_saved: () -> the step of the newest checkpoint, or None.
+
+  Attributes:
+    losses: of the steps since the last line.
+    final_loss: of the last step, over the global batch; None if no step was taken.
+    timer: images per second.
+  """
+
+  def __init__(self, setup: Setup, plan: Plan, *, lines: metrics.Metrics,
+               progress: metrics.Progress, pending_losses: Sequence[float],
+               wall_clock: Callable[[], float], last_saved: Callable[[], int | None]):
+    self.losses, self.final_loss, self.timer = list(pending_losses), None, Timer()
+    self._batch_size, self._plan = setup.config.batch_size, plan
+    self._schedule = optimizer.learning_rate_schedule(setup.config, setup.num_rows)
+    self._lines, self._progress = lines, progress
+    self._wall_clock, self._last_saved = wall_clock, last_saved
+    self._costs: profiling.Costs | None = None
+    self._collapsed = False
+
+  def compiled(self, costs: profiling.Costs) -> None:
+    """Reports what the step costs."""
+    self._costs = costs
+    self._progress.print(f'the step: {costs}')
+
+  def settle(self, dispatch: Dispatch) -> bool:
+    """Waits for a dispatch, checks and logs what it measured.
+
+    Returns:
+      Whether a signal came before it.
+
+    Raises:
+      errors.RunError: something that it measured is not finite.
+    """
+    history = {name: np.asarray(value)[:dispatch.count] for name, value in dispatch.history.items()}
+    first = dispatch.step - dispatch.count
+    for name in ('feature_mean_norm', 'loss', 'grad_norm'):
+      bad = np.flatnonzero(~np.isfinite(history[name]))
+      if bad.size:
+        raise errors.RunError(_not_finite(name, history[name][bad[0]], first + bad[0],
+                                          self._last_saved()))
+    self.timer.count(dispatch.count * self._batch_size)
+    self.losses.extend(history['loss'].tolist())
+    self.final_loss = float(history['loss'][-1])
+    rate = self.timer.rate()
+    self._progress.advance(dispatch.step, self._plan.epoch(dispatch.step), self.final_loss, rate)
+    if self._costs is not None and rate is not None:
+      if utilization := self._costs.utilization(rate / self._batch_size):
+        self._progress.print(f'the first steps: {utilization}')
+      self._costs = None  # reported once
+    if self._plan.logs(dispatch.step):
+      self._log(dispatch.step, {name: float(value[-1]) for name, value in history.items()})
+    return bool(dispatch.stop)
+
+  def evaluated(self, step: int, top1: float | None) -> None:
+    """Logs and shows kNN accuracy after `step` steps; None without labels."""
+    epoch = self._plan.epoch(step)
+    text = f'epoch {epoch:4d}  step {step:6d}'
+    if self.final_loss is not None:
+      text += f'  loss {self.final_loss:.4f}'
+    if top1 is not None:
+      self._lines.write(step, epoch=epoch, knn_top1=top1)
+      text += f'  kNN top-1 {top1:.4f}'
+    self._progress.print(text)
+
+  def has_evaluated(self, step: int) -> bool:
+    """Whether the accuracy after `step` steps was logged before the run was resumed."""
+    return step in self._lines.evaluated
+
+  def _log(self, step, line):
+    """Writes a line, and warns when the encoder collapses."""
+    epoch = self._plan.epoch(step)
+    line |= dict(epoch=epoch, loss=float(np.mean(self.losses)), step_loss=self.final_loss,
+                 learning_rate=float(np.asarray(self._schedule(step - 1))),
+                 images_per_second=self.timer.rate(), input_wait=self.timer.waiting_share(),
+                 wall_seconds=self._wall_clock())
+    self.losses.clear()
+    self._lines.write(step, **line)
+    before, self._collapsed = self._collapsed, line['feature_mean_norm'] > _COLLAPSED and epoch > 0
+    if self._collapsed and not before:
+      errors.warn(
+          f'the embeddings of step {step} are nearly identical: the norm of their mean is '
+          f'{line["feature_mean_norm"]:.4f}, well below 1 for a working encoder: try a smaller '
+          '--config.optimizer.learning_rate or --config.loss.temperature')
+
+
+class Timer:
+  """Images per second, and the share of time spent waiting for them; pauses are left out."""
+
+  def __init__(self):
+    self._mark: float | None = None
+    self._images = 0
+    self._seconds = self._waited = 0.0
+    self._recent: float | None = None
+    self._since_line = [0.0, 0.0]  # seconds waited, seconds
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Around what waits for the input."""
+    start = time.monotonic()
+    yield
+    if self._mark is not None:
+      self._waited += time.monotonic() - start
+
+  def count(self, images: int) -> None:
+    """Called when `images` more have been trained on."""
+    now = time.monotonic()
+    if self._mark is not None:
+      seconds = now - self._mark
+      self._recent = images / seconds
+      self._images += images
+      self._seconds += seconds
+      self._since_line[0] += self._waited
+      self._since_line[1] += seconds
+    self._mark, self._waited = now, 0
+
+  def restart(self) -> None:
+    """Leaves out the time since the last `count`."""
+    if self._mark is not None:
+      self._mark, self._waited = time.monotonic(), 0
+
+  def rate(self) -> float | None:
+    """Images per second of late; None before there is any figure."""
+    return self.mean() if self._recent is None else self._recent
+
+  def mean(self) -> float | None:
+    """Images per second of the whole run; None before there is any figure."""
+    return self._images / self._seconds if self._seconds else None
+
+  def waiting_share(self) -> float | None:
+    """Share of the time since the last call that was spent waiting; None if none was counted."""
+    (waited, seconds), self._since_line = self._since_line, [0.0, 0.0]
+    return waited / seconds if seconds else None
+
+
+def check_finite(state: TrainState, saved: int | None) -> None:
+  """Raises `errors.RunError` if any value of the state is not finite, including the bank's rows.
+
+  Args:
+    state: the state.
+    saved: the step of the newest checkpoint, or None.
+  """
+  fields = {name: part for name, part in vars(state).items() if name != 'step'}
+  for name, row in jax.device_get(_first_bad_rows(fields)).items():
+    if row >= 0:
+      which = f'bank row {row}' if name == 'bank' else name
+      raise errors.RunError(_not_finite(which, 'not a number or infinite', int(state.step), saved))
+
+
+@jax.jit
+def _first_bad_rows(fields):
+  """{name: the first row of any of its arrays that holds a non-finite value, or -1}."""
+  def first(x):
+    bad = ~jnp.isfinite(x).reshape(x.shape[0] if x.ndim else 1, -1).all(axis=1)
+    return jnp.where(bad.any(), jnp.argmax(bad), -1)
+  rows = {name: [first(x) for x in jax.tree.leaves(part) if jnp.issubdtype(x.dtype, jnp.inexact)]
+          for name, part in fields.items()}
+  return {name: jnp.stack(found).max() for name, found in rows.items() if found}
+
+
+def _not_finite(name, value, step, saved):
+  kept = 'no checkpoint was written' if saved is None else f'the checkpoint of step {saved} is kept'
+  return (f'{name} is {value} at step {step}, must be finite; {kept}: try a smaller '
+          '--config.optimizer.learning_rate or a larger --config.loss.temperature')

@@ -1,0 +1,37 @@
+"""The optimizer and its learning rate: SGD with momentum, as published."""
+
+import math
+
+import optax
+
+from instdisc_jax import config as config_lib
+
+
+def total_steps(config: config_lib.Config, num_rows: int) -> int:
+  """Steps of the full run: `config.steps`, or as many as complete `config.epochs`."""
+  if config.steps is not None:
+    return config.steps
+  return math.ceil(config.epochs * num_rows / config.batch_size)
+
+
+def learning_rate_schedule(config: config_lib.Config, num_rows: int) -> optax.Schedule:
+  """Step -> learning rate: divided at each milestone, in epochs (epoch of step t = t·B // N).
+
+  With the schedule `cosine` it rises over `warmup_epochs` and falls to 0 at the end of the run.
+  """
+  if config.optimizer.schedule == 'cosine':
+    end = total_steps(config, num_rows)
+    warmup = math.ceil(config.optimizer.warmup_epochs * num_rows / config.batch_size)
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else config.optimizer.learning_rate, config.optimizer.learning_rate,
+        min(warmup, end - 1), end)
+  boundaries = {math.ceil(epoch * num_rows / config.batch_size): config.optimizer.milestone_factor
+                for epoch in config.optimizer.milestones}
+  return optax.piecewise_constant_schedule(config.optimizer.learning_rate, boundaries)
+
+
+def make(config: config_lib.Config, num_rows: int) -> optax.GradientTransformation:
+  """SGD with momentum and weight decay on all parameters (PyTorch's SGD)."""
+  return optax.chain(
+      optax.add_decayed_weights(config.optimizer.weight_decay),
+      optax.sgd(learning_rate_schedule(config, num_rows), momentum=config.optimizer.momentum))

@@ -1,0 +1,129 @@
+"""The state of a run, how it is sharded, and how it is initialized.
+
+    device k holds   params, batch_stats, opt_state, normalizer, step   (the same on all)
+                     bank rows k·n .. (k+1)·n - 1                       (its own)
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from instdisc_jax import bank as bank_lib
+from instdisc_jax import config as config_lib
+from instdisc_jax import models, threefry
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.training import optimizer as optimizer_lib
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that changes during training; with the configuration, it is the whole checkpoint.
+
+  Attributes:
+    step: int32 scalar, optimizer steps taken.
+    params: of the encoder, replicated.
+    batch_stats: running batch-norm statistics, replicated.
+    opt_state: of the optimizer, replicated.
+    bank: [N padded to a multiple of the device count, D], rows sharded over the mesh.
+    normalizer: scalar, NCE's Z; 0 until it is first estimated.
+    classifier: of the parametric softmax, sharded like the bank: {'weights', 'momentum'}; else
+      None.
+  """
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  bank: jax.Array
+  normalizer: jax.Array
+  classifier: Any = None
+
+
+_SPECS: Any = dict(step=P(), params=P(), batch_stats=P(), opt_state=P(), bank=P(mesh_lib.AXIS),
+                   normalizer=P(), classifier=P(mesh_lib.AXIS))
+SPECS = TrainState(**_SPECS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run is, decided once before it starts.
+
+  Attributes:
+    config: the run's configuration, filled.
+    encoder: a Linen module.
+    optimizer: an optax transformation.
+    num_rows: N.
+    mesh: the device mesh.
+  """
+  config: config_lib.Config
+  encoder: nn.Module
+  optimizer: optax.GradientTransformation
+  num_rows: int
+  mesh: jax.sharding.Mesh
+
+  @classmethod
+  def of(cls, config: config_lib.Config, num_rows: int, mesh: jax.sharding.Mesh) -> 'Setup':
+    """With the encoder and the optimizer that the configuration names."""
+    return cls(config, create_encoder(config), optimizer_lib.make(config, num_rows), num_rows, mesh)
+
+  @property
+  def wide(self) -> Any:
+    """The type of what stays precise when `model.dtype` is not: float32, or float64."""
+    return jnp.promote_types(self.config.model.dtype, jnp.float32)
+
+
+def create_encoder(config: config_lib.Config) -> nn.Module:
+  """The encoder that a configuration names."""
+  return models.create(
+      config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
+      dtype=config.model.dtype,
+      batch_norm_axis=mesh_lib.AXIS if config.model.sync_batch_norm else None)
+
+
+def make_init(setup: Setup, view_size: tuple[int, int]) -> Callable[[], TrainState]:
+  """What makes a fresh state, created directly in its shardings; compiled at its first call.
+
+  Args:
+    setup: what the run is.
+    view_size: (height, width) of the views.
+
+  Returns:
+    () -> the state; the same values whatever the mesh.
+  """
+  config, mesh = setup.config, setup.mesh
+
+  def init() -> TrainState:
+    params_key, bank_key = jax.random.split(threefry.key(config.seed, threefry.INIT))
+    variables: Any = setup.encoder.init(params_key, jnp.zeros((2, *view_size, 3)), train=False)
+    bank = bank_lib.init(bank_key, setup.num_rows, config.model.embedding_dim,
+                         unit=config.bank.init == 'unit', dtype=config.bank.dtype)
+    classifier = None
+    if config.loss.name == 'parametric_softmax':
+      weights = mesh_lib.pad_rows(
+          bank_lib.init(jax.random.fold_in(bank_key, 1), setup.num_rows,
+                        config.model.embedding_dim, unit=True, dtype=setup.wide), mesh.size)
+      classifier = {'weights': weights, 'momentum': jnp.zeros_like(weights)}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=variables['params'],
+        batch_stats=variables.get('batch_stats', {}),
+        opt_state=setup.optimizer.init(variables['params']),
+        bank=mesh_lib.pad_rows(bank, mesh.size), normalizer=jnp.zeros((), setup.wide),
+        classifier=classifier)
+
+  # XLA:CPU spends seconds on optimizing the random numbers of every layer; this runs once.
+  options: Any = {'xla_backend_optimization_level': 0} if mesh_lib.on_cpu(mesh) else None
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)),
+                 compiler_options=options)
+
+
+def shardings(mesh: jax.sharding.Mesh, state: TrainState) -> Any:
+  """`SPECS` for every array of `state`, on `mesh`."""
+  return jax.tree.map(
+      lambda spec, part: jax.tree.map(lambda _: NamedSharding(mesh, spec), part),
+      SPECS, state, is_leaf=lambda x: isinstance(x, P))

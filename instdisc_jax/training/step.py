@@ -1,0 +1,292 @@
+"""The training step: one per-device program, mapped over the mesh.
+
+    device k holds   the replicated state, its rows of the bank, and B / devices images of the batch
+
+Random numbers come from (seed, place in the chain of images, image index), never from a device's
+position, so the number of devices changes nothing but the speed (with synchronized batch norm).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+import optax
+
+from instdisc_jax import bank as bank_lib
+from instdisc_jax import config as config_lib
+from instdisc_jax import losses, threefry
+from instdisc_jax.data import feeds, views
+from instdisc_jax.runtime.mesh import AXIS, on_cpu
+from instdisc_jax.training.state import SPECS, Setup, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def train_step(state: TrainState, batch: feeds.Batch, *,
+               setup: Setup) -> tuple[TrainState, Metrics]:
+  """One device's part of a step: augment -> encode -> loss with bank -> update. Pure.
+
+  Args:
+    state: the bank being this device's rows.
+    batch: this device's part: 'index' [B / devices], and 'image' or 'view' [B / devices, H, W, 3]
+      uint8, see `data.feeds`.
+    setup: what the run is.
+
+  Returns:
+    (state, metrics): metrics are scalars over the global batch, see `update`.
+  """
+  config, index = setup.config, batch['index']
+  # Places in the chain of images; they wrap around at 2^32, where only the index tells them apart.
+  first = lax.axis_index(AXIS).astype(jnp.uint32) * index.size
+  slot = first + jnp.arange(index.size, dtype=jnp.uint32)
+  place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
+  cropped = 'view' in batch
+  images = views.draw(config, views.key(config.seed, place, index),
+                      batch['view' if cropped else 'image'], cropped=cropped, dtype=setup.wide)
+
+  def encode(params, batch_stats, images):
+    features, updated = setup.encoder.apply(
+        {'params': params, 'batch_stats': batch_stats}, images, train=True, mutable=['batch_stats'])
+    batch_stats = updated.get('batch_stats', {})
+    if not config.model.sync_batch_norm:  # each device has seen its own part: keep their mean
+      batch_stats = lax.pmean(batch_stats, AXIS)
+    return features, batch_stats
+
+  return update(state, (images, index, _draw_noise(setup, state.step, index)), encode=encode,
+                optimizer=setup.optimizer, loss=config.loss, bank_momentum=config.bank.momentum,
+                num_rows=setup.num_rows, axis_name=AXIS, accumulate_steps=config.accumulate_steps,
+                unroll=on_cpu(setup.mesh))
+
+
+def _draw_noise(setup, step, index):
+  """Noise rows of the global batch: [B, M], or [M] if all images share them; None if unused."""
+  loss, num_rows = setup.config.loss, setup.num_rows
+  if loss.name not in config_lib.SAMPLED_LOSSES:
+    return None
+  key = threefry.key(setup.config.seed, threefry.NOISE)
+  if loss.shared_noise:
+    return bank_lib.shared_noise(key, step, loss.noise_count, num_rows)
+  return bank_lib.noise(key, step, bank_lib.gather(index, AXIS), loss.noise_count, num_rows)
+
+
+def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*B M'] | None], *,
+           encode: Callable, optimizer: optax.GradientTransformation, loss: Any,
+           bank_momentum: float, num_rows: int, axis_name: str | None = None,
+           accumulate_steps: int = 1, unroll: bool = True) -> tuple[TrainState, Metrics]:
+  """The method itself: one step on the parameters, the bank and Z, for any encoder.
+
+  With `accumulate_steps` the batch goes through the encoder in parts; parameters and bank are
+  updated once, from all of them. Every part sees the bank as it was before the step; batch-norm
+  statistics and Z move from part to part.
+
+  Args:
+    state: the state before the step.
+    inputs: (images [B, ...], whatever `encode` takes; index [B], their rows; noise_index [B, M] or
+      [M], noise rows of the global batch, or None). With `axis_name`, the first two are local.
+    encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
+    optimizer: an optax transformation.
+    loss: the `loss` settings.
+    bank_momentum: m.
+    num_rows: the true N.
+    axis_name: mesh axis, or None.
+    accumulate_steps: parts of the batch; divides B.
+    unroll: whether the parts are written out instead of looped over; for CPUs.
+
+  Returns:
+    (state, metrics): 'loss', 'grad_norm', 'feature_mean_norm' (1 if all features are identical),
+    and where they apply 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
+    estimate over the Z in use).
+  """
+  shared: Any = dict(axis_name=axis_name, num_rows=num_rows)
+  objective = functools.partial(_objective, state=state, encode=encode, loss=loss, **shared)
+
+  def part(carry, inputs):
+    batch_stats, normalizer, total = carry
+    # The mean over devices is inside the objective, so these are gradients of the global loss.
+    grads, (features, per_image, batch_stats, normalizer, metrics) = jax.grad(
+        objective, has_aux=True)(state.params, batch_stats, normalizer, *inputs)
+    total = jax.tree.map(jnp.add, total, grads)
+    return (batch_stats, normalizer, total), (features, per_image, metrics)
+
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  scan = _unrolled_scan if unroll or accumulate_steps == 1 else lax.scan
+  (batch_stats, normalizer, grads), (features, per_image, metrics) = scan(
+      part, (state.batch_stats, state.normalizer, zeros),
+      _in_parts(inputs, accumulate_steps, axis_name))
+  grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
+  metrics = {name: value.mean() for name, value in metrics.items()}
+  metrics['grad_norm'] = optax.tree.norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  index = _after(inputs[1], sum(metrics.values()))
+  features, classifier = features.reshape(index.size, -1), state.classifier
+  if classifier is not None:
+    gradient = losses.class_weights_gradient(
+        features, classifier['weights'], index, per_image.reshape(-1),
+        temperature=loss.temperature, block_rows=loss.block_rows, **shared)
+    classifier = _update_classifier(classifier, gradient, optimizer, state.step)
+  return TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+      bank=bank_lib.update(state.bank, index, features, momentum=bank_momentum,
+                           axis_name=axis_name),
+      normalizer=normalizer, classifier=classifier), metrics
+
+
+def _objective(params, batch_stats, normalizer, images, index, noise_index, *, state, encode, loss,
+               **shared):
+  """(the global loss, (features, loss per image, batch_stats, Z, metrics)) of a part of a batch."""
+  mean = functools.partial(_mean, axis_name=shared['axis_name'])
+  features, batch_stats = encode(params, batch_stats, images)
+  per_image, normalizer, metrics = _loss(features, index, noise_index, normalizer, state=state,
+                                         loss=loss, **shared)
+  metrics['feature_mean_norm'] = mean_norm(features, shared['axis_name'])
+  value = mean(per_image)
+  if loss.proximal_weight:
+    penalty = mean(losses.proximal_penalty(features, state.bank, index, **shared))
+    value += loss.proximal_weight * penalty
+    metrics['proximal_penalty'] = penalty
+  return value, (features, per_image, batch_stats, normalizer, metrics | {'loss': value})
+
+
+def _loss(features, index, noise_index, normalizer, *, state, loss, **shared):
+  """(loss [B], Z, metrics) by the configured loss."""
+  shared['temperature'] = loss.temperature
+  match loss.name:
+    case 'softmax':
+      value = losses.softmax_loss(features, state.bank, index, block_rows=loss.block_rows, **shared)
+    case 'parametric_softmax':
+      value = losses.softmax_loss(features, state.classifier['weights'], index,
+                                  block_rows=loss.block_rows, **shared)
+    case 'sampled_softmax':
+      value = losses.sampled_softmax_loss(features, state.bank, index, noise_index, **shared)
+    case 'nce':
+      columns = features, state.bank, index, noise_index
+      estimate = losses.estimate_normalizer(*columns, **shared).astype(normalizer.dtype)
+      normalizer = _next_normalizer(loss, normalizer, estimate)
+      value = losses.nce_loss(*columns, normalizer=normalizer, **shared)
+      return value, normalizer, {'normalizer': normalizer,
+                                 'normalizer_drift': jnp.log(estimate / normalizer)}
+    case _:
+      raise ValueError(f'unknown loss {loss.name}')
+  return value, normalizer, {}
+
+
+def _mean(x, axis_name):
+  """The mean over the global batch."""
+  return jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
+
+
+def _update_classifier(classifier, gradient, optimizer, step):
+  """The class weights after a step of the encoder's optimizer; its state for them is sharded."""
+  weights = classifier['weights']
+  opt_state = optax.tree.set(optimizer.init(weights), trace=classifier['momentum'], count=step)
+  updates, opt_state = optimizer.update(gradient.astype(weights.dtype), opt_state, weights)
+  return {'weights': optax.apply_updates(weights, updates),
+          'momentum': optax.tree.get(opt_state, 'trace')}
+
+
+def mean_norm(features: Float[Array, 'B D'], axis_name: str | None) -> Float[Array, '']:
+  """‖mean of the unit vectors over the global batch‖: 1 if identical, near 0 if spread out."""
+  mean = lax.stop_gradient(features).mean(axis=0)
+  return jnp.linalg.norm(mean if axis_name is None else lax.pmean(mean, axis_name))
+
+
+def _after(index, metric):
+  """`index`, but not before `metric` is known.
+
+  Everything that reads the bank goes into the metrics. If XLA knows that it comes before the rows
+  are written, it writes them in place; otherwise it copies the bank. (It ignores an
+  `optimization_barrier` here.)
+  """
+  never = (metric > 1) & (metric < -1)
+  return index + never.astype(index.dtype)
+
+
+def _unrolled_scan(body, carry, inputs):
+  """`lax.scan` without a loop.
+
+  Not `lax.scan(..., unroll=True)`: that leaves a loop of one iteration, and XLA:CPU uses its fast
+  kernels only for convolutions that are outside of loops from the start.
+  """
+  outputs = []
+  for i in range(len(jax.tree.leaves(inputs)[0])):
+    carry, output = body(carry, jax.tree.map(lambda x: x[i], inputs))
+    outputs.append(output)
+  return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+
+def _in_parts(inputs, num_parts, axis_name):
+  """(images, index, noise_index) with a leading axis of parts."""
+  images, index, noise_index = inputs
+  split = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
+  if noise_index is not None and noise_index.ndim == 1:
+    noise_index = jnp.broadcast_to(noise_index, (num_parts, noise_index.size))
+  elif noise_index is not None:
+    # The global batch is ordered by device; a part has the same piece of every device's images.
+    num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    pieces = noise_index.reshape(num_devices, num_parts, -1, noise_index.shape[1])
+    noise_index = pieces.swapaxes(0, 1).reshape(num_parts, -1, noise_index.shape[1])
+  return split(images), split(index), noise_index
+
+
+def _next_normalizer(loss, normalizer, estimate):
+  """Z for this step; the state holds 0 before the first."""
+  if loss.normalizer == 'first_batch':
+    return jnp.where(normalizer > 0, normalizer, estimate)
+  if loss.normalizer == 'ema':
+    decay = loss.normalizer_decay
+    return jnp.where(normalizer > 0, decay * normalizer + (1 - decay) * estimate, estimate)
+  return jnp.full_like(normalizer, float(loss.normalizer))
+
+
+def train_steps(state: TrainState, inputs: Any, num_steps: Int[Array, ''], *, step_fn: Callable,
+                take: Callable) -> tuple[TrainState, Metrics]:
+  """Several steps in one dispatch.
+
+  Args:
+    state: the state before them.
+    inputs: what the feed has put on the device: up to S batches.
+    num_steps: how many of them to use, 1..S.
+    step_fn: (state, batch) -> (state, metrics).
+    take: (inputs, i) -> the i-th batch.
+
+  Returns:
+    (state, metrics): each metric [S], of which the first `num_steps` are filled.
+  """
+  most = inputs[1].shape[0]
+  if most == 1:  # no loop: XLA:CPU differentiates convolutions far more slowly inside one
+    state, metrics = step_fn(state, take(inputs, 0))
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+  def body(i, carry):
+    state, history = carry
+    state, metrics = step_fn(state, take(inputs, i))
+    return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+
+  shapes = jax.eval_shape(lambda: step_fn(state, take(inputs, 0))[1])
+  history = jax.tree.map(lambda s: jnp.zeros(most, s.dtype), shapes)
+  return lax.fori_loop(0, num_steps, body, (state, history))
+
+
+def over_mesh(setup: Setup, feed: Any, step_fn: Callable = train_step) -> Any:
+  """`train_steps` over the mesh, compiled once, its state donated.
+
+  Args:
+    setup: what the run is.
+    feed: a feed or its class, see `data.feeds`.
+    step_fn: (state, batch, setup) -> (state, metrics).
+
+  Returns:
+    A jitted (state, inputs of the feed, num_steps) -> (state, metrics).
+  """
+  steps = functools.partial(train_steps, step_fn=functools.partial(step_fn, setup=setup),
+                            take=feed.take)
+  return jax.jit(jax.shard_map(steps, mesh=setup.mesh, in_specs=(SPECS, feed.specs, P()),
+                               out_specs=(SPECS, P())), donate_argnums=0)
