@@ -92,8 +92,8 @@ SETTINGS = (
     Setting('profile_steps', None, 'steps to trace for the profiler; None: no trace', _at_least(1),
             int, changeable=True),
 
-    Setting('dataset.name', 'digits', 'the data set: digits, tfds:NAME, folder:PATH, arrays:FILE.npz '
-            'or fake:N'),
+    Setting('dataset.name', 'digits', 'the data set: digits, tfds:NAME, folder:PATH, '
+            'arrays:FILE.npz or fake:N'),
     Setting('dataset.data_dir', None, 'folder of prepared TFDS data; None: the default of TFDS',
             kind=str, changeable=True),
     Setting('dataset.limit', None, 'train on a seeded subset of this many images', _at_least(2),
@@ -102,8 +102,8 @@ SETTINGS = (
             'as 0.1', kind=str),
     Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files of a folder: stop, '
             'or leave them out', _one_of('error', 'skip')),
-    Setting('dataset.path', 'auto', 'where images are kept during training: resident on the device, '
-            'or streamed from the host', _one_of('auto', 'resident', 'stream')),
+    Setting('dataset.path', 'auto', 'where images are kept during training: resident on the '
+            'device, or streamed from the host', _one_of('auto', 'resident', 'stream')),
     Setting('dataset.resident_share', 0.25, 'share of the device memory up to which auto means '
             'resident', _within(0, 1), changeable=True),
     Setting('dataset.workers', None, 'worker processes that read images; None: number of CPUs - 2',
@@ -141,7 +141,8 @@ SETTINGS = (
     Setting('optimizer.weight_decay', 5e-4, 'weight decay of all parameters', _NON_NEGATIVE),
     Setting('optimizer.schedule', 'milestones', 'step decay at the milestones, or linear warm-up '
             'and cosine decay to 0', _one_of('milestones', 'cosine')),
-    Setting('optimizer.warmup_epochs', 0.0, 'warm-up of the cosine schedule, in epochs', _NON_NEGATIVE),
+    Setting('optimizer.warmup_epochs', 0.0, 'warm-up of the cosine schedule, in epochs',
+            _NON_NEGATIVE),
     Setting('optimizer.milestones', (120, 160), 'epochs at which the learning rate decays',
             Limit(lambda v: all(a > 0 for a in v), 'epochs above 0')),
     Setting('optimizer.milestone_factor', 0.1, 'learning rate factor at each milestone',
@@ -168,12 +169,13 @@ SETTINGS = (
     Setting('knn.temperature', 0.1, 'temperature τ of the vote',
             Limit(lambda v: 0.02 <= v < math.inf, 'at least 0.02, where exp(1/τ) is finite'),
             changeable=True),
-    Setting('knn.every_epochs', 1, 'evaluation interval in epochs; 0: only at the end', _at_least(0),
-            changeable=True),
+    Setting('knn.every_epochs', 1, 'evaluation interval in epochs; 0: only at the end',
+            _at_least(0), changeable=True),
     Setting('knn.recall_target', None, 'recall of an approximate search on TPU; None: exact',
             Limit(lambda v: 0 < v <= 1, 'above 0, at most 1'), float, changeable=True),
 
-    Setting('checkpoint.every_steps', 1000, 'checkpoint interval in steps', _at_least(1), changeable=True),
+    Setting('checkpoint.every_steps', 1000, 'checkpoint interval in steps', _at_least(1),
+            changeable=True),
     Setting('checkpoint.keep', 3, 'number of checkpoints to keep', _at_least(1), changeable=True),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}

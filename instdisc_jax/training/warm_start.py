@@ -36,7 +36,9 @@ def read_weights(config: config_lib.Config) -> dict[str, Any]:
   place = config.model.init
   try:
     found, variables = _read(place, config.model.embedding_dim)
-  except errors.UserError as e:
+  except errors.UserError as e:  # the place has another name in the commands that read it
+    if e.remedy is not None and '<--' not in e.remedy:
+      raise
     raise errors.UserError(e.found, e.required, _REMEDY, 'model.init') from e
   for key, value in found.items():
     wanted = config.model[key.removeprefix('model.')]
