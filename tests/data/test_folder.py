@@ -1,16 +1,18 @@
 import json
+import os
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import data, errors
+from instdisc_jax import data
 from instdisc_jax.data import folder
+from instdisc_jax.runtime import errors
 
 
 def save(path, value=0, size=(12, 10), **kwargs):
-  """A picture of one gray."""
+  """An image of one gray."""
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.new('RGB', size, (value,) * 3).save(path, **kwargs)
 
@@ -21,23 +23,23 @@ def _load(path, workdir=None, **kwargs):
   return data.load(config, 0, workdir)
 
 
-def test_files_are_found_in_sorted_order_whatever_they_are_called(tmp_path):
+def test_files_are_found_in_sorted_order_whatever_their_names(tmp_path):
   names = ['b/2.png', 'a b/ü 1.JPG', 'a b/日本.webp', 'c/d/e/deep.bmp']
   for i, name in enumerate(names):
     save(tmp_path / name, 50 * i)
-  (tmp_path / 'a b' / 'notes.txt').write_text('no picture')
+  (tmp_path / 'a b' / 'notes.txt').write_text('not an image')
   (tmp_path / '.hidden.jpg').write_text('nor this')
   (tmp_path / 'empty class').mkdir()
   dataset = _load(tmp_path)
   assert dataset.train.names == sorted(names)
   for i, name in enumerate(dataset.train.names):
-    picture = data.decode.decode(dataset.train.files[i])
-    assert abs(int(picture[0, 0, 0]) - 50 * names.index(name)) < 3  # index i is that file
-  assert dataset.class_names == ('a b', 'b', 'c')  # the first sub-folder; an empty one is none
+    image = dataset.train.full(i)
+    assert abs(int(image[0, 0, 0]) - 50 * names.index(name)) < 3  # index i is that file
+  assert dataset.class_names == ('a b', 'b', 'c')  # the first sub-folders; an empty one is no class
   np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 2])
 
 
-def test_a_picture_at_the_root_means_no_labels_but_for_a_list(tmp_path):
+def test_an_image_at_the_root_means_no_labels_unless_there_is_a_list(tmp_path):
   for name in ('a/1.png', 'b/2.png', '3.png'):
     save(tmp_path / name)
   assert _load(tmp_path).train.labels is None and _load(tmp_path).class_names is None
@@ -47,10 +49,10 @@ def test_a_picture_at_the_root_means_no_labels_but_for_a_list(tmp_path):
   assert dict(zip(dataset.train.names, dataset.train.labels)) == {
       '3.png': 1, 'a/1.png': 0, 'b/2.png': 1}
   (tmp_path / 'labels.csv').write_text('3.png,dog\n')
-  with pytest.raises(errors.UserError, match="no line for 2 of the 3 pictures.*'a/1.png'"):
+  with pytest.raises(errors.UserError, match="no line for 2 of the 3 images.*'a/1.png'"):
     _load(tmp_path)
   (tmp_path / 'labels.csv').write_text('3.png\n')
-  with pytest.raises(errors.UserError, match="has the line '3.png', must have lines of path,label"):
+  with pytest.raises(errors.UserError, match="has the line '3.png', must be lines of path,label"):
     _load(tmp_path)
 
 
@@ -66,89 +68,90 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
 
 
 def test_unreadable_files_are_named_or_left_out(tmp_path):
-  pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
+  images, workdir = tmp_path / 'images', tmp_path / 'run'
   workdir.mkdir()
   for i in range(4):
-    save(pictures / f'{i}.png')
-  (pictures / '0_empty.png').touch()
-  (pictures / '1_text.jpg').write_text('text')
-  (pictures / '2_link.jpg').symlink_to(tmp_path / 'nowhere')
-  save(pictures / '3_cut.jpg', size=(400, 300))
-  whole = (pictures / '3_cut.jpg').read_bytes()
-  (pictures / '3_cut.jpg').write_bytes(whole[:len(whole) // 2])
+    save(images / f'{i}.png')
+  (images / '0_empty.png').touch()
+  (images / '1_text.jpg').write_text('text')
+  (images / '2_link.jpg').symlink_to(tmp_path / 'nowhere')
+  save(images / '3_cut.jpg', size=(400, 300))
+  full = (images / '3_cut.jpg').read_bytes()
+  (images / '3_cut.jpg').write_bytes(full[:len(full) // 2])
 
-  met = _load(pictures).train
-  assert len(met) == 8
+  found = _load(images).train
+  assert len(found) == 8
   for i, message in ((1, "'0_empty.png' is empty: remove it, or set --config.dataset.on_unread"),
-                     (3, "'1_text.jpg' is no picture"), (5, "'2_link.jpg' No such file"),
-                     (7, "'3_cut.jpg' can't be decoded .*truncated")):
+                     (3, "'1_text.jpg' is not an image"),
+                     (5, "'2_link.jpg' cannot be read .No such file"),
+                     (7, "'3_cut.jpg' cannot be decoded .*truncated")):
     with pytest.raises(errors.UserError, match=message):
-      met.centre(i, 8)
+      found.central(i, 8)
 
-  dataset = _load(pictures, workdir, on_unreadable='skip')
+  dataset = _load(images, workdir, on_unreadable='skip')
   assert dataset.train.names == ['0.png', '1.png', '2.png', '3.png']
   folder.keep(dataset.listing, dataset.train.names, workdir)
   assert (workdir / 'unreadable.txt').read_text().splitlines()[0] == '0_empty.png: is empty'
-  again = _load(pictures, workdir, on_unreadable='skip')
+  again = _load(images, workdir, on_unreadable='skip')
   assert again.train.names == dataset.train.names
   assert again.train.fingerprint == dataset.train.fingerprint
   for name in dataset.train.names:
-    (pictures / name).unlink()
-  with pytest.raises(errors.UserError, match="none of the 4 pictures .* can be read"):
-    _load(pictures, on_unreadable='skip')
+    (images / name).unlink()
+  with pytest.raises(errors.UserError, match="none of the 4 images .* can be read"):
+    _load(images, on_unreadable='skip')
 
 
 def test_a_folder_that_has_changed_is_refused(tmp_path):
-  pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
+  images, workdir = tmp_path / 'images', tmp_path / 'run'
   workdir.mkdir()
   for i in range(4):
-    save(pictures / f'{i}.png')
-  dataset = _load(pictures, workdir)
+    save(images / f'{i}.png')
+  dataset = _load(images, workdir)
   folder.keep(dataset.listing, dataset.train.names, workdir)
   before = (workdir / folder.LISTING).read_text()
-  save(pictures / '5.png')
-  save(pictures / '4.png')
-  (pictures / '0.png').unlink()
-  save(pictures / '1.png', 200, (40, 40))
+  save(images / '5.png')
+  save(images / '4.png')
+  (images / '0.png').unlink()
+  save(images / '1.png', 200, (40, 40))
   with pytest.raises(errors.UserError, match=(
       r"2 added \(first: '4.png'\), 1 removed \(first: '0.png'\), 1 changed in size \(first: "
       r"'1.png'\).*--config.model.init=.*run")):
-    _load(pictures, workdir)
+    _load(images, workdir)
   assert (workdir / folder.LISTING).read_text() == before
   (workdir / folder.LISTING).write_text(json.dumps([]))
-  with pytest.raises(errors.UserError, match='is no listing of pictures'):
-    _load(pictures, workdir)
+  with pytest.raises(errors.UserError, match='is not a listing of images'):
+    _load(images, workdir)
 
 
-def test_no_folder_and_no_pictures(tmp_path):
+def test_a_missing_folder_and_one_without_images(tmp_path):
   with pytest.raises(errors.UserError, match="no folder '.*nothing'"):
     _load(tmp_path / 'nothing')
-  with pytest.raises(errors.UserError, match='has no pictures .*set --config.dataset.name=folder:'):
+  with pytest.raises(errors.UserError, match='has no images .*set --config.dataset.name=folder:'):
     _load(tmp_path)
 
 
-def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+def test_a_folder_that_must_not_be_read(tmp_path, monkeypatch):
   save(tmp_path / 'a' / '1.png')
 
   def denied(path):  # whoever runs the tests may be allowed to read everything
     raise PermissionError(13, 'Permission denied', path)
 
-  monkeypatch.setattr(folder.os, 'scandir', denied)
-  with pytest.raises(errors.UserError, match="can't be read .Permission denied"):
+  monkeypatch.setattr(os, 'scandir', denied)
+  with pytest.raises(errors.UserError, match="cannot be read .Permission denied"):
     _load(tmp_path)
 
 
 class TestValidation:
 
-  def test_a_share_is_held_out_the_same_whatever_the_seed(self, tmp_path):
+  def test_the_held_out_share_does_not_depend_on_the_seed(self, tmp_path):
     for i in range(20):
-      save(tmp_path / 'pictures' / f'{i:02}.png')
-    dataset = _load(tmp_path / 'pictures', validation='0.2')
+      save(tmp_path / 'images' / f'{i:02}.png')
+    dataset = _load(tmp_path / 'images', validation='0.2')
     held_out = set(dataset.test.names)
     assert len(held_out) == 4 and not held_out & set(dataset.train.names)
     assert dataset.train.names == sorted(dataset.train.names) and len(dataset.train) == 16
-    save(tmp_path / 'pictures' / '99.png')
-    assert len(held_out & set(_load(tmp_path / 'pictures', validation='0.2').test.names)) >= 3
+    save(tmp_path / 'images' / '99.png')
+    assert len(held_out & set(_load(tmp_path / 'images', validation='0.2').test.names)) >= 3
     arrays = config_lib.default().dataset
     arrays.update(name='digits', validation='0.1')
     one, other = (data.load(arrays, seed) for seed in (0, 1))
@@ -166,11 +169,11 @@ class TestValidation:
     save(tmp_path / 'val' / '5.png')
     assert _load(tmp_path / 'train', validation=str(tmp_path / 'val')).test.labels is None
 
-  def test_what_makes_no_sense(self, tmp_path):
+  def test_what_makes_no_sense_is_refused(self, tmp_path):
     config = config_lib.default().dataset
     config.validation = 'val'
     with pytest.raises(errors.UserError, match="dataset.validation is 'val', must be a share"):
       data.load(config, 0)
-    save(tmp_path / 'pictures' / '1.png')
-    with pytest.raises(errors.UserError, match='there are 1 images, must be at least 3'):
-      _load(tmp_path / 'pictures', validation='0.5')
+    save(tmp_path / 'images' / '1.png')
+    with pytest.raises(errors.UserError, match='is 0.5 of 1 images, must be a share of at least 3'):
+      _load(tmp_path / 'images', validation='0.5')
