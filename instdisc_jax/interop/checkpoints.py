@@ -75,6 +75,8 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
           f'(N, {embedding_dim}), like the embedding', 'set <--from> to another file', '--from')
     bank = np.asarray(bank, np.float32)
   momentum = {} if encoder.name.endswith('_cifar') else _find_momentum(saved, weights)
+  if encoder.head is None or not momentum.keys() <= state_dict.keys():
+    momentum = {}  # of another head than the encoder's, or of other layers
   return Checkpoint(
       model_name=encoder.name, width=encoder.width, embedding_dim=embedding_dim,
       variables=variables, has_head=encoder.head is not None, bank=bank, settings=settings,

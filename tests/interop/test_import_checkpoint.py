@@ -115,6 +115,25 @@ def test_a_published_imagenet_checkpoint_keeps_its_momentum_and_epoch(
   assert settings['batch_size'] == 256 and settings['augment.mean'] == [0.485, 0.456, 0.406]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('prefix', ['', 'encoder.'])
+def test_the_momentum_of_another_head_is_left_out(tmp_path, monkeypatch, prefix):
+  name = 'resnet18'  # as a classifier of 1,000 classes, or with PyContrast's names
+  state_dict = {prefix + key: value for key, value in convert.to_torch(
+      weights.variables(name, width=2, embedding_dim=1000), name).items()}
+  trained = [key for key in state_dict if 'running' not in key and 'tracked' not in key]
+  optimizer = {'param_groups': [{'params': list(range(len(trained)))}],
+               'state': {i: {'momentum_buffer': np.ones_like(state_dict[key])}
+                         for i, key in enumerate(trained)}}
+  monkeypatch.setattr(safe_pickle, 'read_file',
+                      lambda file: {'state_dict': state_dict, 'optimizer': optimizer})
+  importing.import_checkpoint('file.pth', tmp_path / 'run')
+  state = checkpoint.read(tmp_path / 'run' / 'checkpoints')
+  trace = optax.tree.get(state['opt_state'], 'trace')
+  assert jax.tree.map(np.shape, trace) == jax.tree.map(np.shape, state['params'])
+  assert not any(x.any() for x in jax.tree.leaves(trace))
+
+
 def _other_layouts(name):
   """Files of other projects -> (content, whether the head is used)."""
   variables = weights.variables(name, embedding_dim=D)
