@@ -1,15 +1,4 @@
-"""Measures the features of a trained run by the paper's protocols.
-
-    knn        weighted nearest neighbors over a grid of K and τ, with fresh embeddings, pooled
-               features and bank rows; confusion.png
-    linear     a softmax probe on each stage of the encoder
-    svm        a linear SVM on the pooled features and on the embedding
-    few_label  fine-tuning with 1 to 20% of the labels, beside the same encoder from random weights
-    geometry   alignment of two views and of a class; uniformity, effective rank, and how far the
-               bank lags behind
-
-Prints tables, and appends each result to evaluations.jsonl in the workdir.
-"""
+"""Measures the features of a trained run: prints tables, and appends to evaluations.jsonl."""
 
 import json
 import os
@@ -63,7 +52,8 @@ def main(argv=None) -> int:
   """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
   def command():
     parser = cli.make_parser('evaluate', __doc__,
-                             '--workdir=DIR --protocol=PROTOCOL[,PROTOCOL] [--dataset=NAME]')
+                             '--workdir=DIR --protocol=PROTOCOL[,PROTOCOL] [--dataset=NAME]',
+                             protocols.__doc__)
     cli.add_workdir(parser, 'the folder of a run')
     parser.add_argument('--protocol', required=True, metavar='PROTOCOL',
                         help=f'{", ".join(protocols.PROTOCOLS)}; several with commas')

@@ -5,8 +5,6 @@ followed by batch norm and ReLU; no local response normalization, no groups, no 
 are numbered as in a PyTorch `Sequential`, so that weights convert by name.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -19,19 +17,8 @@ _CONVS = ((0, 96, 11, 4, 2, True), (4, 256, 5, 1, 2, True), (8, 384, 3, 1, 1, Fa
 POOLED = 6  # side of the feature map before the linear layers
 
 
-class AlexNet(nn.Module):
-  """Images [B, H, W, 3] of at least 63 pixels per side -> unit-norm embeddings [B, D].
-
-  Attributes:
-    embedding_dim: D.
-    width: 64 for the channels above, which scale with it.
-    dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
-  """
-  embedding_dim: int = 128
-  width: int = 64
-  dtype: Any = jnp.float32
-  batch_norm_axis: str | None = None
+class AlexNet(layers.Encoder):
+  """For images of at least 63 pixels per side; the channels above are those of width 64."""
 
   @nn.compact
   def __call__(self, x, train):

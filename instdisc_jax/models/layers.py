@@ -17,6 +17,21 @@ TORCH_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 HE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
+class Encoder(nn.Module, kw_only=True):
+  """What every encoder has: images [B, H, W, 3] -> unit-norm embeddings [B, D].
+
+  Attributes:
+    embedding_dim: D.
+    width: channels of the first stage; 64 in the literature.
+    dtype: of the computation; parameters are at least float32.
+    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
+  """
+  embedding_dim: int = 128
+  width: int = 64
+  dtype: Any = jnp.float32
+  batch_norm_axis: str | None = None
+
+
 class BatchNorm(nn.Module):
   """Batch normalization with PyTorch's conventions: the running variance is the unbiased one.
 

@@ -51,25 +51,17 @@ class Bottleneck(BasicBlock):
     return nn.relu(y + self.shortcut(x, out))
 
 
-class ResNet(nn.Module):
-  """Images [B, H, W, 3], already standardized -> unit-norm embeddings [B, D].
+class ResNet(layers.Encoder):
+  """For images of any size.
 
   Attributes:
     block: `BasicBlock` or `Bottleneck`.
     stage_sizes: blocks per stage; from stage to stage the width doubles and the resolution halves.
     cifar: 3x3 stem without pooling, for small images.
-    embedding_dim: D.
-    width: channels of the first stage.
-    dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   block: Any
   stage_sizes: tuple[int, ...]
   cifar: bool
-  embedding_dim: int = 128
-  width: int = 64
-  dtype: Any = jnp.float32
-  batch_norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, x, train):

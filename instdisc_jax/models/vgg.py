@@ -4,8 +4,6 @@ Modules are numbered as in torchvision's `vgg16` and `vgg16_bn`, so that weights
 There is no dropout.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -16,21 +14,13 @@ _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels in units
 POOLED = 7  # side of the feature map before the linear layers
 
 
-class VGG(nn.Module):
-  """Images [B, H, W, 3] of at least 32 pixels per side -> unit-norm embeddings [B, D].
+class VGG(layers.Encoder):
+  """For images of at least 32 pixels per side.
 
   Attributes:
     batch_norm: whether a batch norm follows every convolution.
-    embedding_dim: D.
-    width: channels of the first stage; 64 in the literature.
-    dtype: of the computation.
-    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   batch_norm: bool
-  embedding_dim: int = 128
-  width: int = 64
-  dtype: Any = jnp.float32
-  batch_norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, x, train):
