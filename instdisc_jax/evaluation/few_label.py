@@ -1,6 +1,7 @@
 """Few-label classification: the encoder fine-tuned with a small share of the labels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -16,19 +17,32 @@ from scipy import stats
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import views
 
-SHARES = (0.01, 0.02, 0.04, 0.1, 0.2)  # of the labels
-SEEDS = (0, 1, 2)
-_BATCH, _EPOCHS = 64, 70
-_LEAST_STEPS = 120  # if 70 epochs are fewer
+_BATCH = 64
 _LEARNING_RATE, _HEAD_FACTOR = 0.01, 10  # the new classifier learns faster
 _WEIGHT_DECAY = 1e-4
 _CHUNK = 250  # images per call when predicting
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What is measured, and how long each fine-tuning takes.
+
+  Attributes:
+    shares: of the labels.
+    seeds: of the choice of labels.
+    epochs: as in the paper.
+    least_steps: if those epochs have fewer.
+  """
+  shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.1, 0.2)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  epochs: int = 70
+  least_steps: int = 120
+
+
 def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, Any]]],
             read_train: Callable, train_labels: Int[np.ndarray, ' N'], read_test: Callable,
             test_labels: Int[np.ndarray, ' Q'], *, num_classes: int,
-            config: config_lib.Config) -> Iterator[dict[str, Any]]:
+            config: config_lib.Config, recipe: Recipe = Recipe()) -> Iterator[dict[str, Any]]:
   """Fine-tunes from each start with each share of the labels, several times.
 
   For as many epochs as in the paper (Section 4.3), with a cosine schedule instead of its steps.
@@ -43,17 +57,18 @@ def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, A
     test_labels: [Q] int.
     num_classes: C.
     config: of the run, for its augmentation.
+    recipe: what is measured.
 
   Yields:
     Rows: 'labels' (the share), 'images' (how many), 'start', 'top1' (mean over seeds), 'interval'
     (half its 95% interval, by Student's t).
   """
   size = views.size(config, read_train(np.zeros(1, int)).shape[1:])
-  tuner = _FineTuner(encoder, num_classes, config, size)
-  for share in SHARES:
+  tuner = _FineTuner(encoder, num_classes, config, size, recipe)
+  for share in recipe.shares:
     for name, start in starts.items():
       correct, chosen = [], np.zeros(0, int)
-      for seed in SEEDS:
+      for seed in recipe.seeds:
         chosen = choose(train_labels, share, seed)
         fitted = tuner.fit(start(seed), read_train, train_labels, chosen, seed)
         scores = tuner.predict(fitted, read_test, len(test_labels))
@@ -94,9 +109,9 @@ class _FineTuner:
   The state is (weights {'encoder', 'head'}, batch_stats, optimizer state).
   """
 
-  def __init__(self, encoder, num_classes, config, size):
+  def __init__(self, encoder, num_classes, config, size, recipe):
     self._encoder, self._num_classes = encoder, num_classes
-    self._config, self._size = config, size
+    self._config, self._size, self._recipe = config, size, recipe
     self._direction = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.trace(0.9))
 
   def fit(self, variables, read, labels, chosen, seed):
@@ -107,7 +122,8 @@ class _FineTuner:
                                            'b': jnp.zeros(self._num_classes)}}
     state = weights, batch_stats, self._direction.init(weights)
     random, keys = np.random.RandomState(seed), jax.random.key(seed)
-    steps = max(_LEAST_STEPS, math.ceil(_EPOCHS * len(chosen) / _BATCH))
+    steps = max(self._recipe.least_steps,
+                math.ceil(self._recipe.epochs * len(chosen) / _BATCH))
     for t in range(steps):
       rows = random.choice(chosen, _BATCH)
       rate = _LEARNING_RATE * (1 + math.cos(math.pi * t / steps)) / 2

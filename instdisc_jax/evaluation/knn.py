@@ -21,7 +21,7 @@ from instdisc_jax.runtime.mesh import AXIS
 
 _AnyArray = Array | np.ndarray
 _BLOCK = 16  # rows per block maximum; larger was slower on CPU
-_SCORES = 2**25  # most scores held at once, 128 MiB in float32
+MOST_SCORES = 2**25  # most scores held at once, 128 MiB in float32
 # JAX after July 2026: the order of ties may be left open, which lets GPUs select instead of sort.
 _HAS_UNSTABLE = 'is_stable' in inspect.signature(lax.top_k).parameters
 _UNSTABLE: dict[str, Any] = {'is_stable': False} if _HAS_UNSTABLE else {}
@@ -81,7 +81,7 @@ def nearest(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'],
   Returns:
     (similarity [Q, K], row [Q, K] int32).
   """
-  chunk = max(1, min(queries.shape[0], _SCORES // bank.shape[0]))
+  chunk = max(1, min(queries.shape[0], MOST_SCORES // bank.shape[0]))
   search = lambda query, own_row: _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows,
                                                    recall_target)
   if own_row is None:

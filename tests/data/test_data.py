@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from instdisc_jax import config as config_lib

@@ -21,7 +21,7 @@ def test_the_chosen_labels_are_balanced_and_seeded():
   assert len(few_label.choose(np.array([0, 0, 0, 1]), 1.0, seed=0)) == 3  # two of 0, the only 1
 
 
-def test_the_interval_is_scipy_s():
+def test_the_interval_equals_scipy_s():
   values = [0.41, 0.44, 0.39]
   mean, half = few_label.interval(values)
   low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
@@ -30,11 +30,7 @@ def test_the_interval_is_scipy_s():
 
 
 @pytest.mark.slow
-def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
-  monkeypatch.setattr(few_label, 'SHARES', (0.25,))
-  monkeypatch.setattr(few_label, 'SEEDS', (0, 1))
-  monkeypatch.setattr(few_label, '_LEAST_STEPS', 10)
-  monkeypatch.setattr(few_label, '_EPOCHS', 170)
+def test_fine_tuning_learns_the_labels_it_is_given():
   config = small_config()
   config.augment.update(hue=0.0, grayscale=0.0)
   random = np.random.default_rng(0)
@@ -43,7 +39,7 @@ def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
   images[np.arange(80), ..., labels * 2] //= 8  # class 0 lacks red, class 1 blue
   encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
   variables = encoder.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
-  starts = {'random': lambda _: (variables['params'], variables['batch_stats'])}
+  starts = {'random': lambda _: variables}
   batches = []
 
   def read_train(rows):
@@ -52,11 +48,12 @@ def test_fine_tuning_learns_the_labels_it_is_given(monkeypatch):
 
   measure = functools.partial(few_label.measure, encoder, starts, read_train,
                               read_test=images[60:].__getitem__, test_labels=labels[60:],
-                              num_classes=2, config=config)
+                              num_classes=2, config=config, recipe=few_label.Recipe(
+                                  shares=(0.25,), seeds=(0, 1), epochs=170, least_steps=10))
   result, = measure(train_labels=labels[:60])
   steps = -(-170 * result['images'] // 64)
   drawn = [rows for rows in batches if len(rows) == 64]
-  assert len(drawn) == 2 * steps  # of two seeds
+  assert len(drawn) == 2 * steps  # for two seeds
   assert [sorted({*np.concatenate(part)}) for part in (drawn[:steps], drawn[steps:])] == [
       few_label.choose(labels[:60], 0.25, seed).tolist() for seed in (0, 1)]
   assert result['labels'] == 0.25 and result['images'] in (14, 16)

@@ -6,8 +6,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from instdisc_jax import train
 from instdisc_jax.evaluation import knn
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime.mesh import AXIS
 from tests import twins
 
 Q, N, D, C = 53, 4001, 12, 7  # primes: nothing divides them
@@ -21,7 +22,7 @@ def _inputs():
 
 @pytest.fixture(autouse=True)
 def few_scores_at_once(monkeypatch):
-  monkeypatch.setattr(knn, '_SCORES', 20_000)  # so that queries come in several chunks
+  monkeypatch.setattr(knn, 'MOST_SCORES', 20_000)  # so that queries come in several chunks
 
 
 @pytest.mark.parametrize('num_devices', [None, 8])
@@ -34,33 +35,33 @@ def test_scores_equal_brute_force(k, num_devices):
   if num_devices is None:
     scores = knn.class_scores(*arrays, **kwargs)
   else:
-    fn = functools.partial(knn.class_scores, axis_name=train.AXIS, num_rows=N, **kwargs)
-    scores = jax.jit(jax.shard_map(fn, mesh=train.make_mesh(), in_specs=(P(), P(train.AXIS), P()),
+    fn = functools.partial(knn.class_scores, axis_name=AXIS, num_rows=N, **kwargs)
+    scores = jax.jit(jax.shard_map(fn, mesh=mesh_lib.make(), in_specs=(P(), P(AXIS), P()),
                                    out_specs=P(), check_vma=False))(
-                                       arrays[0], train.pad_rows(arrays[1], 8), labels)
+                                       arrays[0], mesh_lib.pad_rows(arrays[1], 8), labels)
   np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.max())
   np.testing.assert_array_equal(np.argmax(scores, axis=1), np.argmax(expected, axis=1))
 
 
 @pytest.mark.parametrize('num_devices', [1, 8])
-def test_nearest_rows_equal_brute_force_and_leave_out_the_own_row(num_devices):
+def test_nearest_rows_equal_brute_force_and_leave_out_the_query_itself(num_devices):
   _, bank, _ = _inputs()
   own = np.arange(0, N, 80)[:Q].astype(np.int32)
   similarity = bank[own] @ bank.T
   similarity[np.arange(len(own)), own] = -np.inf
   expected = np.argsort(-similarity, axis=1, kind='stable')[:, :20]
-  search = knn.map_over_mesh(train.make_mesh(jax.devices()[:num_devices]), 20, N)
-  padded = train.pad_rows(jnp.asarray(bank, jnp.float32), num_devices)
+  search = knn.over_mesh(mesh_lib.make(jax.devices()[:num_devices]), 20, N)
+  padded = mesh_lib.pad_rows(jnp.asarray(bank, jnp.float32), num_devices)
   found, row = search(bank[own].astype('f4'), padded, own)
   np.testing.assert_array_equal(row, expected)
   np.testing.assert_allclose(found, np.take_along_axis(similarity, expected, axis=1), atol=1e-6)
 
 
-def test_fewer_rows_on_a_device_than_neighbours():
+def test_fewer_rows_on_a_device_than_neighbors():
   queries, bank, labels = _inputs()
-  bank, labels = bank[:11], labels[:11]  # two rows a device, and padding
-  search = knn.map_over_mesh(train.make_mesh(), 11, 11)
-  _, row = search(queries.astype('f4'), train.pad_rows(bank.astype('f4'), 8),
+  bank, labels = bank[:11], labels[:11]  # two rows per device, and padding
+  search = knn.over_mesh(mesh_lib.make(), 11, 11)
+  _, row = search(queries.astype('f4'), mesh_lib.pad_rows(bank.astype('f4'), 8),
                   np.full(Q, -1, np.int32))
   np.testing.assert_array_equal(row, np.argsort(-(queries @ bank.T), axis=1))
 
@@ -107,6 +108,6 @@ def test_the_approximate_search_reports_its_recall():
 def test_memory_is_bounded_for_50000_queries_of_imagenet(monkeypatch):
   arrays = (jax.ShapeDtypeStruct((50_000, 128), jnp.float32),
             jax.ShapeDtypeStruct((1_281_167, 128), jnp.float32))
-  monkeypatch.setattr(knn, '_SCORES', 2**25)  # as it is in use
+  monkeypatch.setattr(knn, 'MOST_SCORES', 2**25)  # as it is in use
   compiled = jax.jit(functools.partial(knn.nearest, k=200)).lower(*arrays).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**30  # all scores would be 256 GB

@@ -1,0 +1,15 @@
+import numpy as np
+
+from instdisc_jax.evaluation import feature_store
+
+
+def test_a_damaged_file_is_computed_again_and_those_of_other_weights_are_removed(sets, tmp_path):
+  model = sets.model
+  collect = lambda: feature_store.collect(model.engine, model.variables, model.digest(),
+                                          sets.test_images, tmp_path, ('pooled',))['pooled']
+  (tmp_path / '0123456789abcdef-0123456789abcdef').mkdir()
+  first = np.array(collect())
+  folder, = tmp_path.iterdir()
+  file, = folder.iterdir()
+  file.write_bytes(file.read_bytes()[:1000])
+  np.testing.assert_array_equal(collect(), first)

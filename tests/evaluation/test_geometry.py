@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from instdisc_jax.evaluation import geometry
+
+X = np.random.default_rng(0).normal(size=(50, 6))
+X /= np.linalg.norm(X, axis=1, keepdims=True)
+
+
+def test_uniformity():
+  squared = ((X[:, None] - X[None])**2).sum(-1)
+  pairs = ~np.eye(50, dtype=bool)
+  expected = np.log(np.mean(np.exp(-2 * squared[pairs])))
+  assert geometry.uniformity(X) == pytest.approx(expected, abs=1e-5)
+  assert geometry.uniformity(np.tile(X[:1], (9, 1))) == pytest.approx(0, abs=1e-5)
+
+
+def test_effective_rank():
+  assert geometry.effective_rank(np.eye(5)) == pytest.approx(5)
+  assert geometry.effective_rank(np.outer(np.arange(4), np.ones(3))) == pytest.approx(1)
+  values = np.linalg.svd(X, compute_uv=False)
+  p = values / values.sum()
+  assert geometry.effective_rank(X) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+
+
+def test_alignment_and_staleness():
+  assert geometry.alignment(X, X) == 0
+  assert geometry.alignment(X, -X) == pytest.approx(4)
+  assert geometry.staleness(X, X) == pytest.approx(0)
+  assert geometry.staleness(X, -X) == pytest.approx(2)
+
+
+def test_class_alignment():
+  labels = np.arange(50) % 3 + 10 * (np.arange(50) == 49)  # the last is alone in its class
+  squared = ((X[:, None] - X[None])**2).sum(-1)
+  expected = [squared[np.ix_(labels == c, labels == c)][~np.eye(np.sum(labels == c), dtype=bool)]
+              .mean() for c in range(3)]
+  assert geometry.class_alignment(X, labels) == pytest.approx(np.mean(expected))
+  order = np.random.default_rng(1).permutation(50)
+  assert geometry.class_alignment(X[order], labels[order]) == pytest.approx(np.mean(expected))
+  assert geometry.class_alignment(X, np.arange(50)) is None
