@@ -1,6 +1,6 @@
 """What the site takes from the code while it is built, so that no page repeats it by hand.
 
-In a page, a line of its own is replaced:
+A line of its own in a page is replaced:
 
     <!-- commands -->       a section for each command of the package, from its argument parser
     <!-- settings -->       every setting, from `config.SETTINGS`
@@ -13,6 +13,7 @@ dollar signs becomes a drawing, which needs no script and no font in the browser
 import argparse
 import html
 import importlib
+import logging
 import pathlib
 import re
 import subprocess
@@ -25,6 +26,7 @@ from mkdocs.structure import files as files_lib
 
 from instdisc_jax import config as config_lib
 
+_LOG = logging.getLogger('mkdocs.hooks')
 _ROOT = pathlib.Path(__file__).parents[1]
 _ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md',
           'results/scaling.png': 'benchmarks/results/scaling.png'}
@@ -58,6 +60,18 @@ def on_page_markdown(markdown, page, **_):
   return markdown
 
 
+def on_post_build(config, **_):
+  """Warns of modules that no page of the Python API documents, which a strict build refuses."""
+  pages = ''.join(page.read_text() for page in (_ROOT / 'docs/reference/python').glob('*.md'))
+  documented = set(re.findall(r'^::: (\S+)$', pages, re.M))
+  for file in sorted((_ROOT / 'instdisc_jax').rglob('*.py')):
+    text = file.read_text()
+    module = '.'.join(file.relative_to(_ROOT).with_suffix('').parts).removesuffix('.__init__')
+    if text.count('\ndef ') + text.count('\nclass ') and module not in documented and (
+        "__name__ == '__main__'" not in text and module != 'instdisc_jax'):
+      _LOG.warning(f"No page of docs/reference/python documents '{module}'")
+
+
 def on_page_content(page_html, **_):
   """LaTeX, as pymdownx.arithmatex marks it, -> SVG; marks code that is one short word."""
   for tag, opening, closing in (('span', r'\(', r'\)'), ('div', r'\[', r'\]')):
@@ -69,7 +83,7 @@ def on_page_content(page_html, **_):
 
 
 def _equation(escaped):
-  """An inline SVG of an equation, drawn by matplotlib, in the colour of the text around it."""
+  """An inline SVG of an equation, drawn by matplotlib, in the color of the text around it."""
   latex = ' '.join(html.unescape(escaped).split())
   font = font_manager.FontProperties(math_fontfamily='stix')
   path = textpath.TextPath((0, 0), f'${latex}$', size=100, prop=font)  # 100 units are an em
@@ -86,7 +100,12 @@ def _equation(escaped):
 def _script_help(script):
   done = subprocess.run(['bash', script, '--help'], cwd=_ROOT, check=True, text=True,
                         capture_output=True)
-  return f'``` {{.text .no-copy}}\n{done.stdout.rstrip()}\n```'
+  return _plain(done.stdout)
+
+
+def _plain(text):
+  """A block of plain text, without a button to copy it."""
+  return f'``` {{.text .no-copy}}\n{textwrap.dedent(text.rstrip())}\n```'
 
 
 def _commands():
@@ -101,7 +120,7 @@ def _command(name):
   """A command's section: what it does, its usage and its options."""
   parser = _parser(name)
   usage = parser.format_usage().removeprefix('usage: ').strip()
-  parts = [f'## {name}', _description(parser.description), f'``` {{.text .no-copy}}\n{usage}\n```']
+  parts = [f'## {name}', _description(parser.description), _plain(usage)]
   for group in parser._action_groups:
     options = [action for action in group._group_actions if action.dest != 'help']
     if options and group.title not in ('options', 'positional arguments'):
@@ -126,8 +145,7 @@ def _parser(name):
 def _description(text):
   """Paragraphs as they are, indented blocks fenced."""
   blocks = re.split(r'\n\s*\n', textwrap.dedent(text.strip('\n')))
-  return '\n\n'.join(f'``` {{.text .no-copy}}\n{textwrap.dedent(block)}\n```' if block.startswith('    ')
-                     else block for block in blocks)
+  return '\n\n'.join(_plain(block) if block.startswith('    ') else block for block in blocks)
 
 
 def _option(parser, action):

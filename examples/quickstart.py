@@ -1,4 +1,4 @@
-"""The demo in Python: trains on the embedded digits, then finds the neighbours of a held-out one.
+"""The demo in Python: trains on the embedded digits, then finds the neighbors of a held-out one.
 
     python examples/quickstart.py [WORKDIR]        two minutes on two CPU cores
 """

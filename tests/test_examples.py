@@ -6,7 +6,7 @@ import pathlib
 EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 
 
-def test_the_quickstart_trains_and_finds_neighbours(tmp_path, capsys):
+def test_the_quickstart_trains_and_finds_neighbors(tmp_path, capsys):
   file = EXAMPLES / 'quickstart.py'
   assert len(file.read_text().splitlines()) <= 30
   spec = importlib.util.spec_from_file_location('quickstart', file)

@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / 'launch' / 'colab_demo.ipynb'
+NOTEBOOK = pathlib.Path(__file__).parents[1] / 'examples' / 'colab_demo.ipynb'
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom_and_shows_pictures(tmp_path, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom_and_shows_images(tmp_path, monkeypatch):
   nbclient = pytest.importorskip('nbclient', reason='nbclient is not installed')
   nbformat = pytest.importorskip('nbformat', reason='nbformat is not installed')
   pytest.importorskip('ipykernel', reason='ipykernel is not installed')
@@ -33,10 +33,9 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_pictures(tmp_path, monke
   assert 'Nothing was installed.' in text and 'digits, 6 epochs' in text
   assert 'knn_top1_pixels      0.636' in text and 'embeddings: (10, 128)' in text
   shown = [output.data for output in outputs if 'data' in output]
-  pictures = [Image.open(io.BytesIO(base64.b64decode(data['image/png'])))
-              for data in shown if 'image/png' in data]
-  assert len(pictures) == 3  # curves, neighbours, the bank's map
-  assert all(picture.width > 400 and np.asarray(picture.convert('L')).std() > 10
-             for picture in pictures)
+  images = [Image.open(io.BytesIO(base64.b64decode(data['image/png'])))
+            for data in shown if 'image/png' in data]
+  assert len(images) == 3  # curves, neighbors, the map of the bank
+  assert all(image.width > 400 and np.asarray(image.convert('L')).std() > 10 for image in images)
   assert any('page/index.html' in data.get('text/html', '') for data in shown)
   assert (tmp_path / 'instdisc_demo' / 'digits' / 'page' / 'index.html').exists()
