@@ -12,7 +12,8 @@ from instdisc_jax.runtime import profiling
 
 def keep_programs(folder: str | os.PathLike[str]) -> None:
   """Keeps compiled programs in `folder`, unless JAX has been told another: resuming is instant."""
-  if jax.config.read('jax_compilation_cache_dir') is None:
+  options: Any = jax.config
+  if options.jax_compilation_cache_dir is None:
     jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
