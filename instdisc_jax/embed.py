@@ -32,7 +32,7 @@ def _parser():
   parser = cli.make_parser(
       'embed', __doc__,
       '--workdir=DIR --images=FOLDER --output=FILE.npz [--on_unreadable=skip]')
-  cli.add_workdir(parser, 'of a run, or made by instdisc_jax.convert')
+  cli.add_workdir(parser, 'folder of a run, or one made by instdisc_jax.convert')
   parser.add_argument('--images', required=True, metavar='FOLDER', help='images of any size')
   parser.add_argument('--output', required=True, metavar='FILE.npz',
                       help='the file to write, with the arrays path, embedding and index')

@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser():
   parser = cli.make_parser(
       'retrieve', __doc__, '--workdir=DIR --output=FOLDER [--images=FOLDER] [--queries=N]')
-  cli.add_workdir(parser, 'of a run')
+  cli.add_workdir(parser, 'folder of a run')
   parser.add_argument('--output', required=True, metavar='FOLDER',
                       help='the folder to make; open its index.html')
   parser.add_argument('--images', metavar='FOLDER',
                       help='query images (default: those held out from training)')
   parser.add_argument('--queries', type=int, default=page.Queries.most, metavar='N',
-                      help='most query images, evenly spread (default: %(default)s)')
+                      help='maximum number of query images, evenly spread (default: %(default)s)')
   cli.add_on_unreadable(parser)
   return parser
 

@@ -9,10 +9,13 @@ import pytest
 from sklearn import neighbors
 
 import instdisc_jax
-from instdisc_jax import data, errors, inference, preemption, retrieve
-from instdisc_jax import workdir as workdir_lib
-from instdisc_jax.data import pictures
-from tests.conftest import small_config, write_pictures
+from instdisc_jax import data, inference, retrieve
+from instdisc_jax.data import images as images_lib
+from instdisc_jax.runtime import errors, preemption
+from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.search import neighbors as neighbors_lib
+from instdisc_jax.search import page as page_lib
+from tests.conftest import write_images
 
 
 def _page(folder):
@@ -25,14 +28,14 @@ def _make(*arguments):
   return retrieve.main([f'--{name}={value}' for name, value in arguments])
 
 
-def test_the_neighbours_are_scikit_learn_s_brute_force(trained, tmp_path):
+def test_the_neighbors_are_scikit_learn_s_brute_force(trained, tmp_path):
   workdir, _, config = trained
   assert _make(('workdir', workdir), ('output', tmp_path / 'page'), ('queries', 100)) == 0
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(workdir)
   assert len(page['queries']) == 100 and page['rows'] == page['trained'] == 128
-  asked = [int(page['names'][i].removeprefix('test ')) for i in page['queries']]
-  assert asked[0] == 0 and asked[-1] == 499  # of all those held out
-  embedding = model.embed(model.dataset.test.files[asked])
+  chosen = [int(page['names'][i].removeprefix('test ')) for i in page['queries']]
+  assert chosen[0] == 0 and chosen[-1] == 499  # spread over all those held out
+  embedding = model.embed(model.dataset.test.files[chosen])
   brute = neighbors.NearestNeighbors(n_neighbors=20, metric='cosine', algorithm='brute')
   distance, row = brute.fit(model.bank).kneighbors(embedding)
   for i, expected, far in zip(page['queries'], row, distance):
@@ -47,17 +50,17 @@ def test_the_neighbours_are_scikit_learn_s_brute_force(trained, tmp_path):
   assert float(model.bank[first] @ model.bank[second]) == pytest.approx(similarity, abs=1e-4)
   assert page['outliers'][0][0] == np.argmax(distance[:, :5].mean(axis=1))
   assert page['labels'][:128] == model.labels.tolist()
-  assert len(list((tmp_path / 'page' / 'pictures').iterdir())) == 228
+  assert len(list((tmp_path / 'page' / 'images').iterdir())) == 228
 
 
-def test_pictures_that_were_never_trained_on_are_asked_about(trained_folder, tmp_path):
+def test_images_of_a_folder_are_the_queries(trained_folder, tmp_path):
   _, workdir, _ = trained_folder
-  write_pictures(tmp_path / 'other')
+  write_images(tmp_path / 'other')
   (tmp_path / 'other' / 'redless').rename(tmp_path / 'other' / 'unknown')
-  (tmp_path / 'page').mkdir()  # an empty folder is taken
-  (tmp_path / 'page.partial').mkdir()  # and what has such a name is not ours
+  (tmp_path / 'page').mkdir()  # an empty folder may be used
+  (tmp_path / 'page.partial').mkdir()  # and a folder of such a name is not ours
   arguments = (('workdir', workdir), ('images', tmp_path / 'other'), ('output', tmp_path / 'page'))
-  assert _make(*arguments) == 0 and _make(*arguments) == 0  # and the page is made anew
+  assert _make(*arguments) == 0 and _make(*arguments) == 0  # and the page is made again
   page = _page(tmp_path / 'page')
   labels = {page['names'][i]: page['labels'][i] for i in page['queries']}
   assert len(labels) == 40
@@ -66,16 +69,13 @@ def test_pictures_that_were_never_trained_on_are_asked_about(trained_folder, tmp
   assert {path.name for path in tmp_path.iterdir()} == {'other', 'page', 'page.partial'}
 
 
-def test_a_page_of_many_pictures_has_those_it_shows(trained, tmp_path, monkeypatch):
-  monkeypatch.setattr(retrieve, '_WHOLE', 50)
-  monkeypatch.setattr(retrieve, '_SCANNED', 60)
-  monkeypatch.setattr(retrieve, '_LISTED', 3)
-  retrieve.build(instdisc_jax.load(trained[0]), tmp_path / 'page', preemption.Watch(),
-                 num_queries=2)
+def test_a_page_of_many_images_has_those_it_shows(trained, tmp_path):
+  page_lib.build(instdisc_jax.load(trained[0]), tmp_path / 'page', preemption.Watch(),
+                 page_lib.Queries(most=2), neighbors_lib.Limits(full=50, scanned=60, listed=3))
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(trained[0])
   assert page['rows'] == 128 and 20 <= page['trained'] < 128 and page['scanned'] == 60
   row = lambda i: int(page['names'][i].removeprefix('train '))
-  for i in page['queries']:  # among all of the bank
+  for i in page['queries']:  # searched in the full bank
     embedding = model.embed(model.dataset.test.files[int(page['names'][i].removeprefix('test '))])
     expected = np.sort((embedding @ model.bank.T)[0])[::-1][:20]
     np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
@@ -86,13 +86,12 @@ def test_a_page_of_many_pictures_has_those_it_shows(trained, tmp_path, monkeypat
   assert len(page['outliers']) == 3
 
 
-def test_without_held_out_pictures_the_queries_are_training_pictures_in_the_whole_bank(
+def test_without_held_out_images_the_queries_are_training_images_in_the_full_bank(
     trained, tmp_path, monkeypatch):
-  monkeypatch.setattr(retrieve, '_WHOLE', 50)
-  monkeypatch.setattr(retrieve, '_LISTED', 3)
   model = instdisc_jax.load(trained[0])
-  model.__dict__['dataset'] = dataclasses.replace(model.dataset, test=None)
-  retrieve.build(model, tmp_path / 'page', preemption.Watch(), num_queries=4)
+  monkeypatch.setattr(inference.Model, 'dataset', dataclasses.replace(model.dataset, test=None))
+  page_lib.build(model, tmp_path / 'page', preemption.Watch(), page_lib.Queries(most=4),
+                 neighbors_lib.Limits(full=50, listed=3))
   page = _page(tmp_path / 'page')
   row = lambda i: int(page['names'][i].removeprefix('train '))
   assert len(page['queries']) == 4 and page['trained'] < 128 and page['restricted']
@@ -106,16 +105,28 @@ def test_without_held_out_pictures_the_queries_are_training_pictures_in_the_whol
     np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
 
 
-def test_a_workdir_that_does_not_know_its_pictures_is_named(tmp_path, capsys):
-  (tmp_path / 'run').mkdir()
-  workdir_lib.write(tmp_path / 'run', {'model.name': 'resnet18'}, None)
-  model = inference.Model(tmp_path / 'run', small_config(), {
-      'step': 0, 'bank': np.eye(16, dtype=np.float32), 'params': {}, 'batch_stats': {}})
-  with pytest.raises(errors.UserError, match='holds weights and does not know their pictures: '):
-    retrieve.build(model, tmp_path / 'page', preemption.Watch())
+def test_a_workdir_that_does_not_know_its_images_is_named(trained, tmp_path):
+  shutil.copytree(trained[0], tmp_path / 'run')
+  settings, _ = workdir_lib.read(trained[0])
+  of_model = {key: value for key, value in settings.items() if key.startswith('model.')}
+  workdir_lib.write(tmp_path / 'run', of_model, None)
+  model = instdisc_jax.load(tmp_path / 'run')
+  with pytest.raises(errors.UserError,
+                     match='holds weights without the images they were trained on: '):
+    page_lib.build(model, tmp_path / 'page', preemption.Watch())
 
 
-def test_what_else_lies_in_a_page_s_folder_is_kept(trained, tmp_path, capsys):
+def test_a_bank_whose_images_are_gone_is_named(trained_folder, tmp_path, capsys):
+  shutil.copytree(trained_folder[1], tmp_path / 'run')
+  settings, fingerprint = workdir_lib.read(tmp_path / 'run')
+  gone = {'dataset.name': f'folder:{tmp_path / "gone"}'}
+  workdir_lib.write(tmp_path / 'run', settings | gone, fingerprint)
+  assert _make(('workdir', tmp_path / 'run'), ('output', tmp_path / 'page')) == 2
+  assert capsys.readouterr().err == (
+      f"error: no folder '{tmp_path / 'gone'}': restore the images that the run was trained on\n")
+
+
+def test_other_files_in_a_page_s_folder_are_kept(trained, tmp_path, capsys):
   page = tmp_path / 'page'
   assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 0
   (page / 'notes.txt').write_text('mine')
@@ -124,15 +135,24 @@ def test_what_else_lies_in_a_page_s_folder_is_kept(trained, tmp_path, capsys):
   assert (page / 'notes.txt').read_text() == 'mine'
 
 
-def test_an_unreadable_picture_is_named_with_what_to_do(trained_folder, tmp_path, capsys):
-  write_pictures(tmp_path / 'other')
+def test_an_unreadable_image_is_named_with_what_to_do(trained_folder, tmp_path, capsys):
+  write_images(tmp_path / 'other')
   (tmp_path / 'other' / 'redless' / 'bad.jpg').write_text('text')
   arguments = (('workdir', trained_folder[1]), ('images', tmp_path / 'other'),
                ('output', tmp_path / 'page'))
   assert _make(*arguments) == 2
-  told = capsys.readouterr().err
-  assert 'bad.jpg' in told and 'set --on_unreadable=skip' in told and told.count('\n') == 1
+  error = capsys.readouterr().err
+  assert 'bad.jpg' in error and 'set --on_unreadable=skip' in error and error.count('\n') == 1
   assert [path.name for path in tmp_path.iterdir()] == ['other']
+
+
+def test_a_page_of_an_earlier_version_is_replaced(trained, tmp_path):
+  old = tmp_path / 'page'
+  (old / 'pictures').mkdir(parents=True)
+  (old / 'index.html').write_text(f'<!DOCTYPE html>{page_lib.MARK}')
+  (old / 'data.js').write_text('')
+  assert _make(('workdir', trained[0]), ('output', old), ('queries', 2)) == 0
+  assert {path.name for path in old.iterdir()} == {'index.html', 'data.js', 'images'}
 
 
 def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
@@ -143,14 +163,14 @@ def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
   assert (tmp_path / 'mine' / 'index.html').read_text() == '<html>'
 
 
-def test_the_page_asks_nothing_of_the_network():
-  template = retrieve._TEMPLATE.read_text()
+def test_the_page_works_offline():
+  template = page_lib.TEMPLATE.read_text()
   assert not re.search(r'https?:|//[a-z]|@import|fetch\(|XMLHttp', template)
   assert re.findall(r'<script src="(.*?)"', template) == ['data.js']
-  assert retrieve._MARK in template
+  assert page_lib.MARK in template
 
 
-QUERY = '.row > div:not(.near) > .picture'
+QUERY = '.row > div:not(.near) > .image'
 ODD = ['<img src=x onerror=alert(1)>.png', '"\'`;&amp;.png', 'a#b?c%20d.png', '日本.png',
        '\udcff.png', '</script><script>alert(2)</script>.png']
 
@@ -165,7 +185,7 @@ def big_page(tmp_path_factory):
   vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
   names = [f'kind{label}/{i}.png' for i, label in enumerate(labels)]
   names[3000:3000 + len(ODD)] = ODD
-  part = lambda a, b: pictures.Pictures(images[a:b], labels[a:b], str(a), names=names[a:b])
+  part = lambda a, b: images_lib.Images(images[a:b], labels[a:b], str(a), names=names[a:b])
   dataset = data.Dataset('random', part(0, 3000), part(3000, 4000),
                          tuple(f'kind {i}' for i in range(10)))
   model = types.SimpleNamespace(
@@ -173,7 +193,7 @@ def big_page(tmp_path_factory):
       config=types.SimpleNamespace(seed=0), workdir='w', step=1234,
       embed_all=lambda source: [vectors[3000:]])
   folder = tmp_path_factory.mktemp('big') / 'page'
-  assert retrieve.build(model, folder, preemption.Watch()) == 1000
+  assert page_lib.build(model, folder, preemption.Watch()) == 1000
   return folder
 
 
@@ -192,33 +212,34 @@ def browser():
 
 @pytest.fixture
 def visit(browser, big_page):
-  """(width, colour scheme) -> the page; at the end nothing was reported or asked of a network."""
-  contexts, told, asked = [], [], []
+  """(width, color scheme) -> the page; at the end, nothing was reported or requested elsewhere."""
+  contexts, reported, requested = [], [], []
 
   def open_page(width=1600, scheme='light'):
     contexts.append(browser.new_context(viewport={'width': width, 'height': 900},
                                         color_scheme=scheme))
     page = contexts[-1].new_page()
-    page.on('console', lambda message: told.append(message.text))
-    page.on('pageerror', lambda error: told.append(str(error)))
-    page.on('dialog', lambda dialog: told.append(dialog.message) or dialog.dismiss())
-    page.on('request', lambda request: asked.append(request.url))
+    page.on('console', lambda message: reported.append(message.text))
+    page.on('pageerror', lambda error: reported.append(str(error)))
+    page.on('dialog', lambda dialog: reported.append(dialog.message) or dialog.dismiss())
+    page.on('request', lambda request: requested.append(request.url))
     page.goto((big_page / 'index.html').as_uri())
     return page
 
   yield open_page
   for context in contexts:
     context.close()
-  assert not told
-  assert asked and all(url.startswith((big_page.as_uri(), 'data:,')) for url in asked)
+  assert not reported
+  assert requested
+  assert all(url.startswith((big_page.as_uri(), 'data:,')) for url in requested)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('width, scheme', [(400, 'dark'), (1600, 'light')])
-def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, scheme):
+def test_a_click_on_a_neighbor_makes_it_the_query(visit, big_page, width, scheme):
   page, made = visit(width, scheme), _page(big_page)
   query = made['queries'][0]
-  shown = page.locator('.row').first.locator('.near .picture')
+  shown = page.locator('.row').first.locator('.near .image')
   assert shown.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][query]
   values = shown.locator('.value').all_text_contents()
   for value, similarity, i in zip(values, made['similarity'][query], made['neighbors'][query]):
@@ -227,8 +248,8 @@ def test_a_click_on_a_neighbour_makes_it_the_query(visit, big_page, width, schem
   assert page.evaluate('document.documentElement.scrollWidth') <= width
   target = made['neighbors'][query][3]
   shown.nth(3).click()
-  assert page.url.endswith(f'#picture={target}')
-  again = page.locator('.row .near .picture')
+  assert page.url.endswith(f'#image={target}')
+  again = page.locator('.row .near .image')
   assert again.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][target]
   assert page.locator(QUERY).first.get_attribute('data-id') == str(target)
   assert again.first.locator('img').evaluate('x => x.decode().then(() => x.naturalWidth)') == 12
@@ -257,14 +278,14 @@ def test_search_tabs_and_keys(visit, big_page):
   page, made = visit(), _page(big_page)
   page.get_by_label('class', exact=True).select_option('kind 3')
   count = sum(made['labels'][i] == 3 for i in made['queries'])
-  assert page.locator('#told').inner_text().startswith(f'{count} held-out pictures, each')
+  assert page.locator('#status').inner_text().startswith(f'{count} held-out images, each')
   page.get_by_label('search by class or file name').fill('kind3')
   named = ['kind3' in name for name in made['names']]
   count = sum(named[i] for i in made['queries'])
   other = sum(named) - count
-  start = f'{count} held-out pictures and {other} other training pictures, each'
-  assert page.locator('#told').inner_text().startswith(start)
-  page.get_by_label('search by class or file name').fill('/17.png')  # a training picture
+  start = f'{count} held-out images and {other} other training images, each'
+  assert page.locator('#status').inner_text().startswith(start)
+  page.get_by_label('search by class or file name').fill('/17.png')  # a training image
   found = page.locator(f'{QUERY} .name').all_text_contents()
   assert found == ([made['names'][17]] if made['labels'][17] == 3 else [])
   page.keyboard.press('Escape')
@@ -272,7 +293,7 @@ def test_search_tabs_and_keys(visit, big_page):
   page.evaluate('document.activeElement.blur()')
   page.keyboard.press('2')
   first, second, _ = made['duplicates'][0]
-  ids = page.locator('.row').first.locator('.picture').evaluate_all(
+  ids = page.locator('.row').first.locator('.image').evaluate_all(
       'x => x.map((b) => Number(b.dataset.id))')
   assert ids == [first, second]
   page.keyboard.press('3')
@@ -286,7 +307,7 @@ def test_search_tabs_and_keys(visit, big_page):
   page.keyboard.press('ArrowDown')
   assert page.evaluate('Number(document.activeElement.dataset.id)') != focused
   page.keyboard.press('Enter')
-  assert '#picture=' in page.url
+  assert '#image=' in page.url
   page.keyboard.press('Escape')
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
 
@@ -299,12 +320,12 @@ def test_a_thousand_queries_are_drawn_as_they_are_scrolled_to(visit):
     scrollTo(0, document.body.scrollHeight);
     return document.querySelectorAll('.row').length === 1000;
   }''', timeout=60_000)
-  # From the middle of it to a picture and back: the same row, the same picture in focus.
+  # From the middle of it to an image and back: the same row, the same image in focus.
   page.evaluate('document.querySelectorAll(".row")[500].scrollIntoView({block: "center"})')
-  picture = page.locator('.row').nth(500).locator('.near .picture').nth(4)
-  number = picture.get_attribute('data-id')
-  picture.click()
-  assert page.url.endswith(f'#picture={number}')
+  image = page.locator('.row').nth(500).locator('.near .image').nth(4)
+  number = image.get_attribute('data-id')
+  image.click()
+  assert page.url.endswith(f'#image={number}')
   page.keyboard.press('Escape')
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
   page.wait_for_function("""(number) => {

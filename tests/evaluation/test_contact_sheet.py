@@ -2,17 +2,16 @@ import numpy as np
 from PIL import Image
 
 from instdisc_jax import preview
-from tests.test_folder import save
 
 
-def test_a_row_for_each_picture_with_eight_different_views(tmp_path, capsys):
+def test_a_row_for_each_image_with_eight_different_views(tmp_path, capsys):
   for i in range(3):
     coarse = np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    path = tmp_path / 'pictures' / f'{i}.png'
+    path = tmp_path / 'images' / f'{i}.png'
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(coarse).resize((60 + i, 50)).save(path)
   output = tmp_path / 'sheet.png'
-  assert preview.main([f'--images={tmp_path / "pictures"}', f'--output={output}']) == 0
+  assert preview.main([f'--images={tmp_path / "images"}', f'--output={output}']) == 0
   assert capsys.readouterr().out == f'{output}\n'
   with Image.open(output) as image:
     sheet = np.asarray(image).astype(int)
@@ -22,11 +21,12 @@ def test_a_row_for_each_picture_with_eight_different_views(tmp_path, capsys):
   for row in cells:
     assert len(row) == 9
     for i, cell in enumerate(row):
-      assert cell.std() > 5  # a picture, not a blank
+      assert cell.std() > 5  # an image, not a blank
       assert all(np.abs(cell - other).mean() > 2 for other in row[:i])
-  assert sorted(path.name for path in tmp_path.iterdir()) == ['pictures', 'sheet.png']
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'sheet.png']
 
 
-def test_a_single_picture_is_enough(tmp_path):
-  save(tmp_path / 'pictures' / '1.png')
-  assert preview.main([f'--images={tmp_path / "pictures"}', f'--output={tmp_path / "a.png"}']) == 0
+def test_a_single_image_is_enough(tmp_path):
+  (tmp_path / 'images').mkdir()
+  Image.new('RGB', (50, 40), 'red').save(tmp_path / 'images' / '1.png')
+  assert preview.main([f'--images={tmp_path / "images"}', f'--output={tmp_path / "a.png"}']) == 0
