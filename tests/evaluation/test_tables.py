@@ -1,0 +1,97 @@
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from instdisc_jax import config as config_lib
+from instdisc_jax.evaluation import tables
+from instdisc_jax.runtime import errors
+
+
+@pytest.mark.parametrize('scale', tables.SCALES)
+@pytest.mark.parametrize('table', tables.TABLES)
+def test_every_row_of_every_table_has_its_own_valid_settings(table, scale):
+  configs = [tables.configure(table, scale, title, 3) for title in tables.TABLES[table].rows]
+  for config in configs:
+    config_lib.validate(config)
+    config_lib.validate_for_data(config, config.dataset.limit, (32, 32), 1)
+    assert config.seed == 3
+  assert len({config.to_json() for config in configs}) == len(configs) >= 3
+
+
+def test_the_paper_scale_is_the_published_recipe():
+  config = tables.configure('cifar10', 'paper', 'NCE, M = 4,096', 0)
+  published = config_lib.default()
+  published.dataset.update(name='tfds:cifar10', limit=50_000)
+  published.loss.name = 'nce'
+  published.knn.every_epochs = config.knn.every_epochs
+  published.checkpoint.update(every_steps=500, keep=1)
+  assert config.to_dict() == published.to_dict()
+  assert tables.TABLES['cifar10'].paper['knn']['parametric softmax'] == 0.630
+  assert tables.TABLES['cifar10'].paper['svm']['full softmax'] == 0.754
+
+
+def test_the_proximal_table_has_a_constant_normalizer():
+  z = lambda table, scale: tables.configure(
+      table, scale, list(tables.TABLES[table].rows)[-1], 0).loss.normalizer
+  assert (z('proximal', 'small'), z('proximal', 'paper')) == ('100000', 'first_batch')
+  assert z('noise_count', 'small') == 'ema'
+
+
+def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
+  run = lambda knn: {'knn': knn, 'svm': knn - 0.1, 'loss': 5.0, 'seconds': 60.0, 'steps': 9,
+                     'untrained': 0.2, 'pixels': 0.3}
+  results = {'full softmax': {0: run(0.5), 1: run(0.6)}, 'NCE, M = 1': {0: run(0.25)}}
+  tables.write(tmp_path, 'cifar10', 'smoke', results,
+               {'NCE, M = 10, seed 0': 'loss is nan'}, 'about')
+  table = (tmp_path / 'table.md').read_text()
+  assert '| full softmax | 0.808 | 0.550 | 0.635 | 0.500, 0.600 | 0.754 | 0.450 |' in table
+  assert '| NCE, M = 1 | 0.425 | 0.250 | – | 0.250 |' in table
+  assert 'Failed: NCE, M = 10, seed 0: loss is nan.' in table
+  assert table.count('| 0.300 | 0.200 | 5.000 | 60 |') == 2  # raw pixels, untrained, loss, seconds
+  with Image.open(tmp_path / 'plot.png') as image:
+    assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
+
+
+SUMMARY = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0,
+           'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3}
+
+
+def _train(config, workdir):
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'summary.json').write_text(json.dumps(SUMMARY))
+
+
+def test_the_svm_is_measured_once_per_run_and_in_its_table_only(tmp_path):
+  measured = []
+
+  def measure_svm(workdir):
+    measured.append(workdir.name)
+    return {'features': 'pooled', 'top1': 0.75}
+
+  run = lambda table: list(tables.run(tmp_path / table, table, 'smoke', train=_train,
+                                      measure_svm=measure_svm))
+  names = run('cifar10')
+  assert names == [f'seed 0, {title}' for title in tables.TABLES['cifar10'].rows]
+  assert run('cifar10') == names and measured == [f'{i}-seed0' for i in range(6)]
+  rows = json.loads((tmp_path / 'cifar10' / 'results.json').read_text())['rows']
+  assert {row['0']['svm'] for row in rows.values()} == {0.75}
+  run('noise_count')
+  assert len(measured) == 6
+
+
+@pytest.mark.parametrize('mistake, text', [
+    (errors.UserError('no CIFAR-10', setting='dataset.data_dir'),
+     'no CIFAR-10: set --data_dir'),
+    (errors.UserError('it cannot be written', setting='--workdir'),
+     'it cannot be written: set --output'),
+    (errors.UserError('it was started with model.width = 32, not 16', setting='model.width',
+                      remedy='set <model.width>=32, or another <--workdir>'),
+     'it was started with model.width = 32, not 16: set another --output')])
+def test_a_mistake_is_worded_without_the_settings_that_the_table_fixes(tmp_path, mistake, text):
+  def train(config, workdir):
+    raise mistake
+  with pytest.raises(errors.UserError) as raised:
+    list(tables.run(tmp_path, 'proximal', 'smoke', train=train, measure_svm=dict))
+  assert raised.value.worded({'dataset.data_dir': '--data_dir', '--workdir': '--output'}) == text
