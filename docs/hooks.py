@@ -47,13 +47,16 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-  """Fills in what comes from the code."""
+  """Fills in what comes from the code, and warns of tests that do not exist."""
   if page.file.src_uri in _ADDED:  # its links are those of the repository's root
     markdown = markdown.replace('](docs/', '](')
     for name, source in _ADDED.items():
       markdown = markdown.replace(f']({source})', f']({name})')
   markdown = re.sub(r'^<!-- help: (\S+) -->$', lambda found: _script_help(found[1]), markdown,
                     flags=re.M)
+  for file, test in re.findall(r'`(tests/[\w/]+\.py)(?:::(\w+))?`', markdown):
+    if not (_ROOT / file).exists() or f'def {test}' not in (_ROOT / file).read_text():
+      _LOG.warning(f"{page.file.src_uri}: there is no test '{file}::{test}'")
   for name, make in (('commands', _commands), ('settings', _settings)):
     if f'<!-- {name} -->' in markdown:
       markdown = markdown.replace(f'<!-- {name} -->', make())
@@ -126,6 +129,10 @@ def _command(name):
     if options and group.title not in ('options', 'positional arguments'):
       parts.append(f'**{group.title[0].upper()}{group.title[1:]}.** {group.description or ""}')
     parts += [_option(parser, action) for action in options]
+  if parser.epilog and '--config.' in parser.epilog:
+    parts.append('[Settings](settings.md) has every `--config.KEY=VALUE`.')
+  elif parser.epilog:
+    parts.append(_description(parser.epilog))
   return '\n\n'.join(parts)
 
 
@@ -184,6 +191,7 @@ def _setting(setting):
 
 
 def _sentence(text):
-  """With a capital and a full stop."""
-  text = ' '.join(text.split())
-  return text and text[0].upper() + text[1:] + ('' if text.endswith('.') else '.')
+  """With a capital, unless it begins with a list of values, and a full stop."""
+  text = ' '.join(text.split()).removesuffix('.')
+  first = text.partition(' ')[0]
+  return (text if first.endswith(',') else text[:1].upper() + text[1:]) + '.' * bool(text)
