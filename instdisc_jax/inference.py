@@ -248,7 +248,10 @@ class _Given:
 
 
 class _Named(images_lib.Images):
-  """Images with nothing to change in a configuration if one of them cannot be read."""
+  """Images named by how they were given, with no setting to change if one cannot be read."""
+
+  def name(self, i):
+    return '' if self.names is None else self.names[i]
 
   def _read(self, i, convert):
     try:

@@ -4,9 +4,12 @@ from PIL import Image
 import pytest
 
 import instdisc_jax
-from instdisc_jax import data, errors, preemption, train
-from instdisc_jax.evaluation import report
-from instdisc_jax.main import checkpoint, models
+from instdisc_jax import data
+from instdisc_jax.data import views
+from instdisc_jax.evaluation import evaluator as evaluator_lib
+from instdisc_jax.runtime import checkpoint, errors, preemption
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.training import state as state_lib
 
 
 @pytest.fixture(scope='module')
@@ -20,22 +23,17 @@ def digits(trained):
 
 
 def _evaluated(config, dataset, workdir):
-  """Embeddings of the held-out pictures as the run's own evaluation computes them."""
-  mesh = train.make_mesh(jax.devices()[:1])
-  encoder = models.create(config.model.name, embedding_dim=config.model.embedding_dim,
-                          width=config.model.width)
-  optimizer = train.make_optimizer(config, len(dataset.train))
-  size = train.view_size(config, dataset.train.shape)
-  like = train.make_init(config, encoder, optimizer, len(dataset.train), (*size, 3), mesh)()
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, len(dataset.train), mesh)
+  """Embeddings of the held-out images as the run's own evaluation computes them."""
+  mesh = mesh_lib.make(jax.devices()[:1])
+  setup = state_lib.Setup.of(config, len(dataset.train), mesh)
+  like = state_lib.make_init(setup, views.size(config, dataset.train.shape))()
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, setup.num_rows, mesh)
   state = checkpoints.restore(like)
   checkpoints.close()
-  feed = train.make_feed(config, dataset.train, mesh)
-  evaluator = report.Evaluator(config, dataset, encoder, mesh, feed, preemption.Watch())
-  return evaluator.embed(state, dataset.test)
+  return evaluator_lib.Evaluator(setup, dataset, preemption.Watch()).embed(state, dataset.test)
 
 
-def test_embeddings_are_the_evaluation_s_whatever_the_batch_size(trained, model, digits):
+def test_embeddings_are_those_of_the_evaluation_for_any_batch_size(trained, model, digits):
   workdir, _, config = trained
   config = config.copy_and_resolve_references()
   config.dataset.path = 'resident'
@@ -49,7 +47,7 @@ def test_embeddings_are_the_evaluation_s_whatever_the_batch_size(trained, model,
   assert len(model.embed(images[:0])) == 0
 
 
-def test_paths_and_arrays_of_any_size_where_a_view_has_one(trained_folder):
+def test_paths_and_arrays_of_any_size_if_the_run_crops_them_to_one(trained_folder):
   folder, workdir, _ = trained_folder
   model = instdisc_jax.load(workdir)
   expected = _evaluated(model.config, model.dataset, workdir)
@@ -60,7 +58,8 @@ def test_paths_and_arrays_of_any_size_where_a_view_has_one(trained_folder):
   pngs = [path for path in paths if path.suffix == '.png']
   arrays = [np.asarray(Image.open(path)) for path in pngs]
   np.testing.assert_allclose(model.embed(arrays), model.embed(pngs), atol=1e-6)
-  np.testing.assert_allclose(model.embed(model.views_at(model.dataset.test, [3, 1, 3])),
+  chosen = model.dataset.test.subset(np.array([3, 1, 3]), 'some')
+  np.testing.assert_allclose(np.concatenate(list(model.embed_all(chosen))),
                              expected[[3, 1, 3]], atol=1e-6)
   assert model.class_names == ('greenless', 'redless')
   similarity, row = model.neighbors(paths, 5)
@@ -68,7 +67,7 @@ def test_paths_and_arrays_of_any_size_where_a_view_has_one(trained_folder):
   assert model.classify(paths).shape == (8,) and set(model.classify(paths).tolist()) <= {0, 1}
 
 
-def test_neighbours_and_classes_are_brute_force_s(model, digits):
+def test_neighbors_and_classes_equal_brute_force(model, digits):
   from sklearn import neighbors
   queries = model.embed(digits.test.files[:100])
   similarity, row = model.neighbors(digits.test.files[:100], 5)
@@ -88,14 +87,14 @@ def test_neighbours_and_classes_are_brute_force_s(model, digits):
 @pytest.mark.parametrize('images, message', [
     (np.zeros((2, 8, 8, 3)), r'image 0 is float64 \[8, 8, 3\], must be uint8 \[H, W, 3\]'),
     (np.zeros((2, 8, 8), np.uint8), r'image 0 is uint8 \[2, 8, 8\], must be uint8 \[H, W, 3\]'),
-    ([np.zeros((8, 8, 3), np.uint8), 'nowhere.png'], "'nowhere.png' can't be read"),
+    ([np.zeros((8, 8, 3), np.uint8), 'nowhere.png'], "'nowhere.png' cannot be read"),
     ([3], r'image 0 is a int, must be a uint8 array \[H, W, 3\] or a path'),
     ([np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8)],
-     r'image 1 has 9 x 8 pixels, must have 8 x 8 like image 0: this run was not trained to cut'),
+     r'image 1 has 9 x 8 pixels, must be 8 x 8 like image 0: use images of one size'),
     (3, r'image 0 is a int, must be a uint8 array'),
     (None, r'image 0 is a NoneType, must be a uint8 array'),
     (np.float32(3), r'image 0 is float32 \[\], must be uint8 \[H, W, 3\]'),
-    ('a\0b.png', r"'a\0b.png' can't be read"),
+    ('a\0b.png', r"'a\0b.png' cannot be read"),
 ])
 def test_wrong_images_are_named(model, images, message):
   with pytest.raises(errors.UserError, match=message):
