@@ -224,8 +224,9 @@ def validate(config: Config) -> None:
                            remedy=f'set <{key}>={_BY_KEY[key].default}')
   for setting in SETTINGS:
     _check(setting, found[setting.key])
+  options: Any = jax.config
   for key in ('model.dtype', 'bank.dtype'):
-    if found[key] == 'float64' and not jax.config.read('jax_enable_x64'):
+    if found[key] == 'float64' and not options.jax_enable_x64:
       raise errors.UserError(
           f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment', setting=key,
           remedy=f'set that, or <{key}>=float32')
