@@ -58,7 +58,8 @@ class Setting:
 
 
 def _one_of(*values):
-  return Limit(lambda v: v in values, ' or '.join(map(str, values)))
+  words = ', '.join(values[:-1]) + f' or {values[-1]}'
+  return Limit(lambda v: v in values, words)
 
 
 def _within(low, high):

@@ -134,8 +134,11 @@ def warn(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-  """The message of an exception without line breaks."""
-  return _joined(str(error.args[0] if isinstance(error, KeyError) else error))
+  """The message of an exception without line breaks; of a nested traceback, its last line."""
+  text = str(error.args[0] if isinstance(error, KeyError) else error)
+  if 'Traceback' in text:
+    text = text.strip().splitlines()[-1]
+  return _joined(text)
 
 
 def reason(error: BaseException) -> str:
