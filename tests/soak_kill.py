@@ -1,11 +1,11 @@
-"""Kills runs with SIGKILL at random moments, resumes them, and compares what they end with.
+"""Kills runs with SIGKILL at random moments, resumes them, and compares their results.
 
     python -m tests.soak_kill [--runs=20] [--kills=3] [--seed=0]
 
 Each run is the demo at small size. It is killed up to `kills` times between its first and its last
-step, about every second time while a checkpoint is being written, and then left to end. Its
-parameters, bank, Z, losses, kNN accuracies and lines of metrics.jsonl must be those of a run that
-was left alone, bit for bit; only times may differ. Exit code 0 if all are.
+step, about every second time while a checkpoint is being written, and then runs to its end. Its
+parameters, bank, Z, losses, kNN accuracies and lines of metrics.jsonl must equal those of an
+uninterrupted run, bit for bit; only times may differ. Exit code 0 if all do.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from instdisc_jax import metrics
+from instdisc_jax.runtime import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 END = 60
@@ -43,21 +43,21 @@ def command(workdir, *settings):
 
 
 def environment():
-  """Two CPU devices; programs are optimised, and compiled once where a cache is shared."""
+  """Two CPU devices; programs are optimized, and compiled once where a cache is shared."""
   return {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'} | {
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': '2'}
 
 
 def start(workdir, *settings):
-  """Starts the small demo; what it prints goes to workdir.log."""
+  """Starts the small demo; its output goes to workdir.log."""
   with open(f'{workdir}.log', 'a') as log:
     return subprocess.Popen(command(workdir, *settings), cwd=ROOT, env=environment(),
                             stdout=log, stderr=log)
 
 
 def outcome(workdir):
-  """What must be the same: the summary and all lines of metrics.jsonl, without times."""
+  """What must be equal: the summary and all lines of metrics.jsonl, without times."""
   untimed = lambda d: {key: value for key, value in d.items() if key not in _TIMES}
   return (untimed(json.loads((workdir / 'summary.json').read_text())),
           [untimed(line) for line in metrics.read(workdir)])
@@ -68,7 +68,7 @@ def last_step(workdir):
 
 
 def kill_once(workdir, settings, chance):
-  """Runs until a random step, kills; (step, whether in a save), or None if the run ended first."""
+  """Kills a run at a random step; (step, whether in a save), or None if the run ended first."""
   process = start(workdir, *settings)
   first = last_step(workdir) + 1
   target, in_save = chance.randint(first, END - 1) if first < END else END, chance.random() < 0.5
@@ -87,7 +87,7 @@ def kill_once(workdir, settings, chance):
 
 
 def one_run(folder, number, kills, seed, settings):
-  """One run with its kills; (outcome, [(step, in a save)])."""
+  """One run with its kills; (outcome, [(step, whether in a save)])."""
   chance = random.Random(f'{seed} {number}')
   workdir, moments = folder / f'run{number}', []
   for _ in range(chance.randint(1, kills)):
@@ -101,21 +101,21 @@ def one_run(folder, number, kills, seed, settings):
 
 
 def soak(folder, runs, kills, seed):
-  """Runs them two at a time; prints a line for each; returns (how many were equal, all moments)."""
+  """Two runs at a time, with a line for each; returns (how many were equal, all moments)."""
   names = list(_VARIANTS)
   variant = lambda number: names[number % len(names)]
-  left_alone = {}
+  uninterrupted = {}
   for name in names[:runs]:
     workdir = folder / name.replace(' ', '-')
     assert start(workdir, *_VARIANTS[name]).wait() == 0, f'see {workdir}.log'
-    left_alone[name] = outcome(workdir)
+    uninterrupted[name] = outcome(workdir)
   equal, all_moments = 0, []
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     futures = [pool.submit(one_run, folder, number, kills, seed, _VARIANTS[variant(number)])
                for number in range(runs)]
     for number, future in enumerate(futures):
       result, moments = future.result()
-      same = result == left_alone[variant(number)]
+      same = result == uninterrupted[variant(number)]
       equal += same
       all_moments += moments
       verdict = 'equal' if same else 'DIFFERENT'

@@ -1,4 +1,4 @@
-"""What the compiled programs promise: traffic, memory, and lowering for hardware that is absent."""
+"""Properties of the compiled programs: communication, memory, lowering for absent hardware."""
 
 import functools
 
@@ -7,13 +7,14 @@ from jax import export
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import pytest
 
-from instdisc_jax import losses, train
-from instdisc_jax.evaluation import features, knn
+from instdisc_jax import losses
+from instdisc_jax.evaluation import embedding, knn
 from instdisc_jax.models import resnet
+from instdisc_jax.runtime import mesh as mesh_lib
 from tests import programs
+from tests.conftest import small_config
 
 DEVICES, B, D, SIDE = 8, 64, 16, programs.SIDE
 MANY = 200_000  # rows
@@ -42,17 +43,17 @@ def _traffic(loss, num_rows):
 
 
 def test_collectives_are_counted():
-  mesh = train.make_mesh()
-  fn = lambda x: jax.lax.psum(jax.lax.all_gather(x, train.AXIS, tiled=True), train.AXIS)
-  mapped = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(train.AXIS), out_specs=P()))
+  mesh = mesh_lib.make()
+  fn = lambda x: jax.lax.psum(jax.lax.all_gather(x, mesh_lib.AXIS, tiled=True), mesh_lib.AXIS)
+  mapped = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(mesh_lib.AXIS), out_specs=P()))
   text = mapped.lower(jnp.zeros((DEVICES * 3, 5))).compile().as_text()
-  assert programs.collective_numbers(text) == 2 * DEVICES * 3 * 5
+  assert programs.collective_values(text) == 2 * DEVICES * 3 * 5
 
 
 @pytest.mark.parametrize('loss', [
     'softmax', 'nce', *(pytest.param(loss, marks=pytest.mark.slow)
                         for loss in ('nce shared', 'sampled_softmax', 'parametric_softmax'))])
-def test_the_bank_never_travels(loss):
+def test_no_row_of_the_bank_is_communicated(loss):
   small, large = _traffic(loss, 5000), _traffic(loss, MANY)
   assert 0 < small <= DEVICES * B * (D + 4)
   assert large == small
@@ -63,16 +64,16 @@ def test_the_state_is_donated_and_the_bank_not_copied(loss):
   compiled, state = _compiled(loss, MANY)
   memory = compiled.memory_analysis()
   bank = MANY * D * 4 // DEVICES
-  whole = jax.tree.leaves(state.replace(bank=(), classifier=()))
-  rest = sum(x.size * x.dtype.itemsize for x in whole)
-  of_rows = 1 + len(jax.tree.leaves(state.classifier))  # what is as large as the bank
-  assert memory.alias_size_in_bytes >= of_rows * bank + rest
+  others = jax.tree.leaves(state.replace(bank=(), classifier=()))
+  rest = sum(x.size * x.dtype.itemsize for x in others)
+  banks = 1 + len(jax.tree.leaves(state.classifier))  # the bank, and what is as large
+  assert memory.alias_size_in_bytes >= banks * bank + rest
   scores = 4 * B * LOSSES[loss].get('noise_count', 1024) * D
   gradient = bank if state.classifier else 0
   assert memory.temp_size_in_bytes < gradient + bank / 2 + 3 * scores
 
 
-def test_the_softmax_needs_memory_for_a_block_whatever_n_is():
+def test_the_memory_of_the_softmax_is_that_of_a_block_whatever_n_is():
   batch, dim, block = 128, 128, 4096
 
   def temporary(num_rows):
@@ -99,29 +100,41 @@ def test_the_step_lowers_for_absent_hardware(loss, platform):
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_search_and_embedding_lower_for_absent_hardware(platform):
-  mesh = train.make_mesh()
+  mesh = mesh_lib.make()
   queries = jax.ShapeDtypeStruct((100, D), jnp.float32, sharding=NamedSharding(mesh, P()))
   bank = jax.ShapeDtypeStruct((80_000, D), jnp.float32,
-                              sharding=NamedSharding(mesh, P(train.AXIS)))
+                              sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
   own_row = jax.ShapeDtypeStruct((100,), jnp.int32, sharding=NamedSharding(mesh, P()))
   for recall_target in (None, 0.95):
-    search = knn.map_over_mesh(mesh, 200, 80_000, recall_target)
+    search = knn.over_mesh(mesh, 200, 80_000, recall_target)
     exported = export.export(search, platforms=[platform], disabled_checks=[
         export.DisabledSafetyCheck.custom_call('ApproxTopK')])(queries, bank, own_row)
     assert exported.nr_devices == DEVICES
 
   encoder = resnet.ResNet(resnet.BasicBlock, (1,), True, embedding_dim=D, width=4)
   state = _step('softmax', 1000)[2]
-  images = jax.ShapeDtypeStruct((50, SIDE, SIDE, 3), jnp.uint8,
-                                sharding=NamedSharding(mesh, P()))
-  embed = features.map_over_mesh(encoder, mesh, (0.5,) * 3, (0.25,) * 3)
+  images = jax.ShapeDtypeStruct((DEVICES * 4, SIDE, SIDE, 3), jnp.uint8,
+                                sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
+  embed = embedding.encode(small_config(), encoder, mesh, None, (embedding.EMBEDDING,))
   exported = export.export(embed, platforms=[platform])(
-      state.params, state.batch_stats, images, np.int32(0), count=4)
+      {'params': state.params, 'batch_stats': state.batch_stats}, images)
   assert 'stablehlo.convolution' in exported.mlir_module()
 
 
+def test_encoding_communicates_nothing():
+  mesh = mesh_lib.make()
+  state = _step('softmax', 1000)[2]
+  encoder = resnet.ResNet(resnet.BasicBlock, (1,), True, embedding_dim=D, width=4)
+  images = jax.ShapeDtypeStruct((DEVICES * 4, SIDE, SIDE, 3), jnp.uint8,
+                                sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
+  names = 'conv1', 'pooled', embedding.EMBEDDING
+  compiled = embedding.encode(small_config(), encoder, mesh, None, names).lower(
+      {'params': state.params, 'batch_stats': state.batch_stats}, images).compile()
+  assert programs.collective_values(compiled.as_text()) == 0
+
+
 @pytest.mark.parametrize('accumulate_steps', [1, 2])
-def test_no_convolution_was_ever_in_a_loop_on_a_cpu(accumulate_steps):
+def test_no_convolution_is_in_a_loop_on_a_cpu(accumulate_steps):
   run_steps, arguments, _ = programs.step(
       LOSSES['softmax'], num_rows=5000, num_devices=1, batch_size=B, dim=D,
       accumulate_steps=accumulate_steps)

@@ -1,4 +1,4 @@
-"""The promises of docs/reliability.md, tried on whole runs; all slow."""
+"""The guarantees of docs/concepts/reliability.md, tested on full runs; all slow."""
 
 import os
 import pathlib
@@ -13,18 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from instdisc_jax import checkpoint, main, metrics
+from instdisc_jax import experiment
+from instdisc_jax.runtime import checkpoint, metrics
 from tests import soak_kill
-from tests.conftest import small_config, write_pictures
+from tests.conftest import small_config, write_images
 
 pytestmark = pytest.mark.slow
 LOCAL = soak_kill.ROOT / 'launch' / 'local.sh'
 
 
 @pytest.fixture(scope='module')
-def left_alone(tmp_path_factory):
-  """(workdir, outcome) of the small demo left alone."""
-  folder = tmp_path_factory.mktemp('left_alone')
+def uninterrupted(tmp_path_factory):
+  """(workdir, outcome) of the small demo without interruption."""
+  folder = tmp_path_factory.mktemp('uninterrupted')
   assert soak_kill.start(folder / 'run').wait() == 0
   return folder / 'run', soak_kill.outcome(folder / 'run')
 
@@ -48,20 +49,20 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
-def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(left_alone, tmp_path, name):
-  _, expected = left_alone
+def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(uninterrupted, tmp_path, name):
+  _, expected = uninterrupted
   process = soak_kill.start(tmp_path / 'run')
   _wait_for_step(tmp_path / 'run', 17, process)
   process.send_signal(signal.Signals[name])
   assert process.wait(60) == 75
   last = _log(tmp_path / 'run').splitlines()[-1]
-  assert last.startswith(f'stopped by {name} at step ') and last.endswith('to go on')
+  assert last.startswith(f'stopped by {name} at step ') and last.endswith('to resume')
   assert soak_kill.start(tmp_path / 'run').wait() == 0
   assert soak_kill.outcome(tmp_path / 'run') == expected
 
 
-def test_a_second_run_in_the_same_folder_names_the_first(left_alone, tmp_path):
-  _, expected = left_alone
+def test_a_second_run_in_the_same_folder_names_the_first(uninterrupted, tmp_path):
+  _, expected = uninterrupted
   first = soak_kill.start(tmp_path / 'run')
   _wait_for_step(tmp_path / 'run', 2, first)
   second = subprocess.run(soak_kill.command(tmp_path / 'run'), cwd=soak_kill.ROOT, check=False,
@@ -71,8 +72,8 @@ def test_a_second_run_in_the_same_folder_names_the_first(left_alone, tmp_path):
   assert first.wait() == 0 and soak_kill.outcome(tmp_path / 'run') == expected
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(left_alone, tmp_path):
-  workdir, expected = left_alone
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(uninterrupted, tmp_path):
+  workdir, expected = uninterrupted
   shutil.copytree(workdir, tmp_path / 'run')
   newest = tmp_path / 'run' / 'checkpoints' / str(soak_kill.END)
   for data in newest.rglob('d/*'):
@@ -83,8 +84,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(left_alone, tmp_
 
 
 @pytest.mark.parametrize('kind', ['a limit on file sizes', 'a full disk'])
-def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, tmp_path, kind):
-  _, expected = left_alone
+def test_without_space_the_run_stops_with_one_line_and_can_be_resumed(uninterrupted, tmp_path, kind):
+  _, expected = uninterrupted
   disk, prepare = tmp_path / 'disk', None
   disk.mkdir()
   workdir = disk / 'run'
@@ -95,7 +96,7 @@ def test_without_space_the_run_stops_with_a_line_and_goes_on_later(left_alone, t
   else:
     prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
   try:
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}  # nothing cut short is shared
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}  # no truncated file is shared
     done = subprocess.run(
         soak_kill.command(workdir), cwd=soak_kill.ROOT, check=False, capture_output=True, text=True,
         env=soak_kill.environment() | cache, preexec_fn=prepare)
@@ -130,7 +131,7 @@ def _elastic_settings(dtype):
 
 
 def _assert_close(workdir, expected, dtype, num_rows=131):
-  """Losses and bank of two runs, within what DESIGN.md's elastic topology promises."""
+  """Losses and bank of two runs are equal within the tolerances of another topology."""
   _, loss_tolerance, bank_tolerance = _ELASTIC[dtype]
   losses = lambda folder: [line['step_loss'] for line in metrics.read(folder)]
   assert len(losses(workdir)) == 20
@@ -146,15 +147,15 @@ def test_a_run_moves_from_8_to_2_to_1_to_4_devices(tmp_path, dtype):
     config = small_config()
     config.update_from_flattened_dict(_elastic_settings(dtype))
     config.steps = 20
-    main.run(config, tmp_path / 'straight', jax.devices()[:8])
+    experiment.run(config, tmp_path / 'straight', jax.devices()[:8])
     for steps, num_devices in ((5, 8), (10, 2), (15, 1), (20, 4)):
       config.steps = steps
-      main.run(config, tmp_path / 'moved', jax.devices()[:num_devices])
+      experiment.run(config, tmp_path / 'moved', jax.devices()[:num_devices])
     _assert_close(tmp_path / 'moved', tmp_path / 'straight', dtype)
 
 
 def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20, **changes):
-  """`launch/local.sh` with the small run on so many processes and devices."""
+  """`launch/local.sh` with the small run on this many processes and devices."""
   settings = _elastic_settings(dtype) | {
       'steps': steps, 'model.width': 2, 'model.embedding_dim': 16, 'knn.neighbors': 5,
       'checkpoint.every_steps': 5, 'loss.noise_count': 64} | changes
@@ -179,8 +180,8 @@ def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
 
 
 def test_two_processes_train_on_a_stream_like_one(tmp_path):
-  write_pictures(tmp_path / 'pictures')
-  changes = {'dataset.name': f'folder:{tmp_path / "pictures"}', 'dataset.limit': 37,
+  write_images(tmp_path / 'images')
+  changes = {'dataset.name': f'folder:{tmp_path / "images"}', 'dataset.limit': 37,
              'augment.size': 24, 'batch_size': 8}
   for name, processes, devices, workers in (('two', 2, 1, 1), ('one', 1, 2, 0)):
     process = _local(tmp_path / name, processes, devices, **changes | {'dataset.workers': workers})
@@ -188,7 +189,7 @@ def test_two_processes_train_on_a_stream_like_one(tmp_path):
   _assert_close(tmp_path / 'two', tmp_path / 'one', 'float32', num_rows=37)
 
 
-def test_two_processes_stop_on_a_signal_and_one_goes_on(tmp_path):
+def test_two_processes_stop_on_a_signal_and_one_resumes(tmp_path):
   process = _local(tmp_path / 'run', 2, 2, steps=400)
   _wait_for_step(tmp_path / 'run', 3, process)
   process.send_signal(signal.SIGTERM)
@@ -229,7 +230,7 @@ def test_the_others_end_by_themselves_within_the_heartbeat(tmp_path, dies):
   launcher = _local(tmp_path / 'run', 2, 1, heartbeat=10, steps=100_000)
   _wait_for_step(tmp_path / 'run', 3, launcher)
   pids = [_pid(launcher, i) for i in range(2)]
-  launcher.kill()  # nobody is left to end them
+  launcher.kill()  # nothing is left to end them
   os.kill(pids[dies], signal.SIGKILL)
   end = time.monotonic() + 60
   while _alive(pids[1 - dies]):
