@@ -84,7 +84,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(uninterrupted, t
 
 
 @pytest.mark.parametrize('kind', ['a limit on file sizes', 'a full disk'])
-def test_without_space_the_run_stops_with_one_line_and_can_be_resumed(uninterrupted, tmp_path, kind):
+def test_without_space_the_run_stops_with_one_line_and_can_be_resumed(
+    uninterrupted, tmp_path, kind):
   _, expected = uninterrupted
   disk, prepare = tmp_path / 'disk', None
   disk.mkdir()
