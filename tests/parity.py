@@ -1,7 +1,7 @@
-"""The published implementation's numbers beside ours: tests/golden and its README.md.
+"""Deviations from the values of the published implementation: tests/golden and its README.md.
 
-Each function yields `Deviation`s, which the tests hold against the README's tolerances and
-benchmarks/parity.py writes into docs/parity.md. All go through the public functions alone.
+Each function returns `Deviation`s, which the tests compare with the tolerances of that README and
+benchmarks/parity.py writes into docs/parity.md. All of them use public functions only.
 """
 
 import functools
@@ -19,18 +19,22 @@ import numpy as np
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
-from instdisc_jax import convert, losses, models, train
+from instdisc_jax import convert, losses, models
 from instdisc_jax.evaluation import knn
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.training import optimizer as optimizer_lib
+from instdisc_jax.training import state as state_lib
+from instdisc_jax.training import step as step_lib
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 EPSILON = 1e-7  # which the published NCE loss adds to its denominators
 
 
 class Deviation(NamedTuple):
-  """How far one quantity lies from the published one.
+  """How far one quantity is from the published one.
 
   Attributes:
-    file: of the golden numbers.
+    file: of the golden values.
     quantity: name of the array there.
     setting: 'float32' or 'float64', and the devices.
     largest: the largest deviation found, in the measure.
@@ -60,7 +64,7 @@ class _Comparison:
     return jnp.asarray(self.data[name], self.dtype)
 
   def add(self, quantity, found, golden, tolerance, measure='abs'):
-    """Keeps the larger deviation where a quantity comes up again."""
+    """Keeps the larger deviation of a quantity that is added more than once."""
     found, golden = np.asarray(found, np.float64), np.asarray(golden, np.float64)
     assert found.shape == golden.shape, (quantity, found.shape, golden.shape)
     difference = np.abs(found - golden)
@@ -91,15 +95,15 @@ def _mapped(fn, num_devices, num_rows, batch=(), rows=(), sharded_output=False):
   """
   if num_devices is None:
     return jax.jit(functools.partial(fn, axis_name=None, num_rows=None))
-  mesh = train.make_mesh(jax.devices()[:num_devices])
+  mesh = mesh_lib.make(jax.devices()[:num_devices])
 
   def call(**kwargs):
     for name in rows:
-      kwargs[name] = train.pad_rows(kwargs[name], num_devices)
-    specs = {name: P(train.AXIS) if name in (*batch, *rows) else P() for name in kwargs}
-    inner = lambda kwargs: fn(**kwargs, axis_name=train.AXIS, num_rows=num_rows)
+      kwargs[name] = mesh_lib.pad_rows(kwargs[name], num_devices)
+    specs = {name: P(mesh_lib.AXIS) if name in (*batch, *rows) else P() for name in kwargs}
+    inner = lambda kwargs: fn(**kwargs, axis_name=mesh_lib.AXIS, num_rows=num_rows)
     return jax.shard_map(inner, mesh=mesh, in_specs=(specs,),
-                         out_specs=P(train.AXIS) if sharded_output else P(),
+                         out_specs=P(mesh_lib.AXIS) if sharded_output else P(),
                          check_vma=sharded_output)(kwargs)
 
   return jax.jit(call)
@@ -171,7 +175,7 @@ def softmax(file, wide=False, num_devices=None):
           losses.softmax_loss, u, bank=bank, index=index, temperature=temperature,
           axis_name=axis_name, num_rows=num_rows),
       num_devices, num_rows, ('u', 'index'), ('bank',), True)
-  # With as many neighbours and classes as rows, the vote for class j is exp(V_j·v / τ).
+  # With as many neighbors and classes as rows, the vote for class j is exp(V_j·v / τ).
   votes = _mapped(functools.partial(knn.class_scores, k=num_rows, num_classes=num_rows),
                   num_devices, num_rows, (), ('bank',))
   for t, temperature in enumerate(c.float('T')):
@@ -204,7 +208,7 @@ def _add_update(c, step, bank, index, features, num_devices):
 
 
 def memory_init():
-  """Section 3: moments of the start rows, in standard errors of a sample of that size."""
+  """Section 3: moments of the initial rows, in standard errors of a sample of that size."""
   c = _Comparison('memory_init', False, None)
   columns = list(c.data['columns'])
   for i, row in enumerate(c.data['stats']):
@@ -229,8 +233,8 @@ def memory_init():
   return list(c.deviations.values())
 
 
-def nearest_neighbours(file, num_devices=None):
-  """Section 4: votes, predictions, accuracies and neighbours."""
+def nearest_neighbors(file, num_devices=None):
+  """Section 4: votes, predictions, accuracies and neighbors."""
   c = _Comparison(file, False, num_devices)
   train_x, test_x = c.float('train_x'), c.float('test_x')
   train_y, test_y = c.data['train_y'].astype(int), c.data['test_y'].astype(int)
@@ -256,7 +260,7 @@ def nearest_neighbours(file, num_devices=None):
   similarity, row = map(np.asarray, nearest(queries=test_x, bank=train_x))
   c.add('nn_top1', (train_y[row[:, 0]] == test_y).mean(), c.data['nn_top1'], 1e-12)
   c.add('sim_sorted', similarity, c.data['sim_sorted'], 2e-6)
-  # Where similarities tie within 1e-6 the order is rounding's.
+  # Where similarities tie within 1e-6 the order depends on rounding.
   steps = np.diff(c.data['sim_sorted'], axis=1)
   apart = np.ones_like(row, bool)
   apart[:, 1:] &= steps < -1e-6
@@ -266,14 +270,14 @@ def nearest_neighbours(file, num_devices=None):
 
 
 def lr_schedule(wide=True):
-  """Section 7, through the schedule that the optimiser is given."""
+  """Section 7, the schedule of the optimizer."""
   c = _Comparison('lr_schedule', wide, None)
   steps_per_epoch = 391
   for i, base in enumerate(c.data['base_lr']):
     config = config_lib.default()
     config.optimizer.learning_rate = float(base)
     config.optimizer.milestones = (120, 160)
-    schedule = train.learning_rate_schedule(config, steps_per_epoch * config.batch_size)
+    schedule = optimizer_lib.learning_rate_schedule(config, steps_per_epoch * config.batch_size)
     found = [schedule(jnp.asarray(epoch * steps_per_epoch)) for epoch in c.data['epoch']]
     for name in ('lr_cifar', 'lr_main'):
       c.add(name, found, c.data[name][i], 1e-12, 'rel')
@@ -281,7 +285,7 @@ def lr_schedule(wide=True):
 
 
 def trajectory(file, wide=False, num_devices=None):
-  """Section 6: short runs of a linear encoder, by the step's own `train.update`."""
+  """Section 6: short runs of a linear encoder, by the training step's own `update`."""
   c = _Comparison(file, wide, num_devices)
   data, num_rows = c.data, len(c.data['memory_0'])
   pixels = jnp.asarray(data['pixels'].astype(np.float32) / 16)
@@ -295,13 +299,13 @@ def trajectory(file, wide=False, num_devices=None):
                      temperature=float(data['T']), proximal_weight=float(data.get('lam', 0)))
   batch = data['batch'].astype(np.int32)
   noise = data['noise'][:, :, 1:].astype(np.int32) if 'noise' in data else None
-  optimizer = train.make_optimizer(config, num_rows)
+  optimizer = optimizer_lib.make(config, num_rows)
   params = {'W': c.float('W_0')}
   zero = jnp.zeros((), c.dtype)  # what the published epsilon adds to a step's loss
-  state = train.TrainState(
+  state = state_lib.TrainState(
       step=jnp.int32(0), params=params, batch_stats=zero, opt_state=optimizer.init(params),
       bank=c.float('memory_0'), normalizer=zero)
-  axis = None if num_devices is None else train.AXIS
+  axis = None if num_devices is None else mesh_lib.AXIS
 
   def step(state, rows):
     index, noise_index = rows
@@ -313,8 +317,8 @@ def trajectory(file, wide=False, num_devices=None):
                                        axis)
       return features, batch_stats
 
-    state, metrics = train.update(
-        state, pixels[index], index, noise_index, encode=encode, optimizer=optimizer,
+    state, metrics = step_lib.update(
+        state, (pixels[index], index, noise_index), encode=encode, optimizer=optimizer,
         loss=config.loss, bank_momentum=float(data['momentum_bank']), num_rows=num_rows,
         axis_name=axis)
     return state, (metrics, state.params['W'], state.batch_stats)
@@ -323,8 +327,8 @@ def trajectory(file, wide=False, num_devices=None):
   if num_devices is None:
     state, (metrics, weights, correction) = jax.jit(run)(state, (batch, noise))
   else:
-    mesh = train.make_mesh(jax.devices()[:num_devices])
-    state = state.replace(bank=train.pad_rows(state.bank, num_devices))
+    mesh = mesh_lib.make(jax.devices()[:num_devices])
+    state = state.replace(bank=mesh_lib.pad_rows(state.bank, num_devices))
     specs = jax.tree.map(lambda _: P(), state).replace(bank=P(axis))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, (P(None, axis), P())),
                            out_specs=(specs, P()))
@@ -348,7 +352,7 @@ def trajectory(file, wide=False, num_devices=None):
 
 
 def _with_published_epsilon(features, state, index, noise_index, loss, num_rows, axis):
-  """Features whose gradient carries what the 1e-7 adds to it; and its mean addition to the loss."""
+  """(Features whose gradient includes what the 1e-7 adds, what it adds to the mean loss)."""
   bank, noise_count = state.bank, noise_index.shape[1]
   estimate = losses.estimate_normalizer(
       features, bank, index, noise_index, temperature=loss.temperature, axis_name=axis,
@@ -457,7 +461,7 @@ def encoder(file, wide=False, gradients=True):
     return embedding, *seen, updated['batch_stats']
 
   def objective(params, batch_stats):
-    """(sum of embedding · cotangent, what `apply` gives) in training."""
+    """(sum of embedding · cotangent, what `apply` returns) in training."""
     trained = apply({'params': params, 'batch_stats': batch_stats}, True)
     return jnp.sum(trained[0] * cotangent), trained
 
@@ -528,7 +532,7 @@ def _add_gradients(c, name, variables, grads, pick, suffix):
 
 
 def _cases():
-  """Name of a comparison -> (function without arguments, whether it takes long)."""
+  """Name of a comparison -> (function without arguments, whether it is slow)."""
   def case(fn, *args, wide=None, slow=False, **kwargs):
     def compare():
       with jax.enable_x64(bool(wide)):
@@ -554,7 +558,7 @@ def _cases():
   case(memory_init)
   for file in ('knn_digits', 'knn_clusters'):
     for devices in (None, 8):
-      case(nearest_neighbours, file, num_devices=devices)
+      case(nearest_neighbors, file, num_devices=devices)
   case(lr_schedule, wide=True)
   for file in MODELS:
     large = 'imagenet' in file  # 224 pixels
