@@ -16,6 +16,7 @@ here.
 """
 
 from instdisc_jax import config as config_lib
+from instdisc_jax.runtime import errors
 
 _PRESETS = {
     'resnet50': lambda config: config.model.update(name='resnet50'),
@@ -47,6 +48,7 @@ def get_config(presets=''):
   config.checkpoint.every_steps = 5000
   for preset in filter(None, presets.split(',')):
     if preset not in _PRESETS:
-      raise ValueError(f"preset '{preset}', must be one of {', '.join(_PRESETS)}")
+      raise errors.UserError(f"preset '{preset}'", f'one of {", ".join(_PRESETS)}',
+                             'set <--config>=configs/imagenet.py:PRESET', '--config')
     _PRESETS[preset](config)
   return config

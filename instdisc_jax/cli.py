@@ -1,11 +1,12 @@
 """What the commands share: their parser, their arguments, and the frame that they run in."""
 
 import argparse
+import ast
 from collections.abc import Callable, Mapping, Sequence
 import difflib
 import logging
 import os
-import sys
+import runpy
 import textwrap
 from typing import Any, NoReturn
 
@@ -14,6 +15,11 @@ from ml_collections import config_dict, config_flags
 
 from instdisc_jax import config as config_lib
 from instdisc_jax.runtime import checkpoint, distributed, errors
+
+# Of settings: {type: (what parses a value, what it must be)}
+_FORMS = {int: (int, 'an integer'), float: (float, 'a number'),
+          bool: (absl_flags.BooleanParser().parse, 'true or false'),
+          tuple: (ast.literal_eval, 'numbers in parentheses')}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +44,16 @@ def make_parser(name: str, description: str | None, usage: str,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_integer(parser: Any, name: str, **kwargs: Any) -> None:
+  """Adds an argument that is an integer; a mistake is worded like every other."""
+  def parse(text: str) -> int:
+    try:
+      return int(text)
+    except ValueError:
+      raise errors.UserError(f"{name} is '{text}'", 'an integer', setting=name) from None
+  parser.add_argument(name, type=parse, **kwargs)
+
+
 def add_workdir(parser: argparse.ArgumentParser, meaning: str) -> None:
   """Adds --workdir."""
   parser.add_argument('--workdir', metavar='DIR', required=True, help=meaning)
@@ -58,9 +74,9 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
                      help='find the others through Slurm, Open MPI, GKE or Cloud TPU')
   group.add_argument('--coordinator', metavar='HOST:PORT',
                      help='find the others at this address of process 0; needs the next two')
-  group.add_argument('--num_processes', type=int, metavar='P', help='number of processes')
-  group.add_argument('--process_id', type=int, metavar='I', help='number of this one, from 0')
-  group.add_argument('--heartbeat_seconds', type=int, metavar='S', default=100,
+  add_integer(group, '--num_processes', metavar='P', help='number of processes')
+  add_integer(group, '--process_id', metavar='I', help='number of this one, from 0')
+  add_integer(group, '--heartbeat_seconds', metavar='S', default=100,
                      help='how long a process may be silent before the others end (default: 100)')
 
 
@@ -108,25 +124,51 @@ def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
       raise errors.UserError(f"unknown setting '{key}'"
                              + (f", perhaps meant as '{close[0]}'" if close else ''),
                              remedy='see --help for all settings')
-  file = _find_config(file)
-  sys.modules.pop('config_config', None)  # where ml_collections keeps the file it read last
-  values = absl_flags.FlagValues()
-  command = ['main', f'--config={file}', *overrides]
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=command)
+  config, values = _run_config(file), absl_flags.FlagValues()
+  command = ['main', *overrides]
   try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=command)
     values(command)
-    config: Any = values.config
   except (KeyError, absl_flags.Error) as e:
+    _check_forms(overrides)
     raise errors.UserError(errors.one_line(e),
                            remedy='see --help for all settings and their form') from e
+  return values.config
+
+
+def _run_config(file):
+  """What get_config() of a config file returns."""
+  remedy = 'set <--config>=configs/NAME.py'
+  path, colon, presets = _find_config(file)
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+      raise errors.UserError(f"'{file}' has no function get_config()", None, remedy, '--config')
+    config = get_config(*[presets] if colon else [])
+  except errors.UserError:
+    raise
   except Exception as e:  # whatever the file raises when it runs
     raise errors.UserError(
-        f"'{file}' is not a configuration ({type(e).__name__}: {errors.one_line(e)})",
-        remedy='set <--config>=configs/NAME.py', setting='--config') from e
+        f"'{file}' is not a configuration ({type(e).__name__}: {errors.one_line(e)})", None,
+        remedy, '--config') from e
   if not isinstance(config, config_dict.ConfigDict):
     raise errors.UserError(f"get_config() of '{file}' returns {type(config).__name__}",
-                           'a ConfigDict', 'set <--config>=configs/NAME.py', '--config')
+                           'a ConfigDict', remedy, '--config')
   return config
+
+
+def _check_forms(overrides):
+  """Raises `errors.UserError` for a value of another type than the setting's."""
+  settings = {setting.key: setting for setting in config_lib.SETTINGS}
+  for argument in overrides:
+    key, _, text = argument.partition('.')[2].partition('=')
+    kind: Any = settings[key].kind or type(settings[key].default)
+    if kind in _FORMS:
+      parse, form = _FORMS[kind]
+      try:
+        parse(text)
+      except (ValueError, TypeError, SyntaxError):
+        raise errors.UserError(f"{key} is '{text}'", form, settings[key].remedy, key) from None
 
 
 def describe_settings() -> str:
@@ -140,12 +182,12 @@ def describe_settings() -> str:
 
 
 def _find_config(file):
-  """The path of a config file; `configs/` is installed in the package, or else lies beside it."""
+  """(path, ':' or '', presets); `configs/` is installed in the package, or else lies beside it."""
   path, colon, presets = file.partition(':')
   package = os.path.dirname(os.path.abspath(__file__))
   places = ['', package, os.path.dirname(package)] if path.startswith('configs/') else ['']
   for place in places:
     if os.path.isfile(os.path.join(place, path)):
-      return os.path.join(place, path) + colon + presets
+      return os.path.join(place, path), colon, presets
   raise errors.UserError(f"no file '{file}'", remedy='set <--config>=configs/NAME.py',
                          setting='--config')

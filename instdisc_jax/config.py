@@ -56,6 +56,14 @@ class Setting:
     """Which values it may have, in words; '' for any."""
     return '' if self.limit is None else self.limit.text
 
+  @property
+  def remedy(self) -> str:
+    """What to do about a wrong value, see `errors.UserError`."""
+    if self.default is None:
+      return f'set <{self.key}>, or leave it out'
+    example = f"'{self.default}'" if isinstance(self.default, tuple) else self.default
+    return f'set <{self.key}>, e.g. <{self.key}>={example}'
+
 
 def _one_of(*values):
   words = ', '.join(values[:-1]) + f' or {values[-1]}'
@@ -73,7 +81,8 @@ def _at_least(low):
 _ABOVE_ZERO = Limit(lambda v: 0 < v < math.inf, 'above 0')
 _NON_NEGATIVE = Limit(lambda v: 0 <= v < math.inf, '0 or above')
 _PAIR = Limit(lambda v: len(v) == 2 and 0 < v[0] <= v[1], 'two numbers above 0, the smaller first')
-_SHARES = Limit(lambda v: _PAIR.holds(v) and v[1] <= 1, f'{_PAIR.text}, at most 1')
+_SHARES = Limit(lambda v: _PAIR.holds(v) and v[1] <= 1,
+                'two numbers above 0 and at most 1, the smaller first')
 _NORMALIZER = Limit(lambda v: v in ('first_batch', 'ema') or _is_positive_number(v),
                     'first_batch, ema or a number above 0')
 
@@ -247,9 +256,8 @@ def _check(setting: Setting, value: Any) -> None:
   except TypeError:  # a tuple of something other than numbers
     holds = False
   if not holds:
-    raise errors.UserError(
-        f'{setting.key} is {value}', setting.limit.text, setting=setting.key,
-        remedy=f'set <{setting.key}>, e.g. <{setting.key}>={plain(setting.default)}')
+    raise errors.UserError(f'{setting.key} is {value}', setting.limit.text, setting.remedy,
+                           setting.key)
 
 
 def fill(config: Config, num_rows: int) -> Config:
@@ -293,8 +301,8 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
   """
   if num_rows < 2:
     raise errors.UserError(
-        f'dataset.name is {config.dataset.name} with {num_rows} training image',
-        'a set of at least 2', setting='dataset.name', remedy='set <dataset.name> to a larger set')
+        f'{config.dataset.name} has {num_rows} training image' + ('' if num_rows == 1 else 's'),
+        'a set of at least 2 images', 'set <dataset.name> to a larger set', 'dataset.name')
   side, smallest = min(view_size), SMALLEST_SIDE.get(config.model.name, 1)
   if side < smallest:
     raise errors.UserError(

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="with --to: keep the linear layer to the embedding, as 'fc'")
     args = parser.parse_args(argv)
     if (args.source is None) == (args.to is None):
-      raise errors.UserError('one of --from and --to must be given', remedy='see --help')
+      raise errors.UserError('exactly one of --from and --to must be given', remedy='see --help')
     if args.to:
       checkpoints.export(args.workdir, args.to, args.head)
       print(args.to)

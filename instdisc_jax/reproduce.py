@@ -48,8 +48,8 @@ def main(argv=None) -> int:
     parser.add_argument('--output', metavar='DIR',
                         help='where the runs, table.md, plot.png and results.json are written '
                              '(default: runs/reproduce/TABLE-SCALE)')
-    parser.add_argument('--seeds', type=int, metavar='N',
-                        help='runs of each row (default: 1 for smoke, else 3)')
+    cli.add_integer(parser, '--seeds', metavar='N',
+                    help='runs of each row (default: 1 for smoke, else 3)')
     parser.add_argument('--data_dir', metavar='DIR', help='where TFDS keeps prepared data')
     args = parser.parse_args(argv)
     for name, known in (('table', tables.TABLES), ('scale', tables.SCALES)):

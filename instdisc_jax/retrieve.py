@@ -39,8 +39,8 @@ def _parser():
                       help='the folder to make; open its index.html')
   parser.add_argument('--images', metavar='FOLDER',
                       help='query images (default: those held out from training)')
-  parser.add_argument('--queries', type=int, default=page.Queries.most, metavar='N',
-                      help='maximum number of query images, evenly spread (default: %(default)s)')
+  cli.add_integer(parser, '--queries', default=page.Queries.most, metavar='N',
+                  help='maximum number of query images, evenly spread (default: %(default)s)')
   cli.add_on_unreadable(parser)
   return parser
 

@@ -119,7 +119,7 @@ def test_unknown_and_missing_settings_are_named():
     ({'knn.neighbors': 500}, 300, 1, 'knn.neighbors is 500, must be at most the 300'),
     ({'model.name': 'alexnet'}, 1000, 1, 'model.name is alexnet, which needs images of 63 pixels, '
      'must be an encoder for images of 32 pixels'),
-    ({}, 1, 1, 'with 1 training image, must be a set of at least 2')])
+    ({}, 1, 1, 'digits has 1 training image, must be a set of at least 2 images')])
 def test_settings_are_checked_against_the_data_and_the_machine(
     changes, num_rows, num_devices, message):
   config = config_lib.default()
@@ -158,5 +158,5 @@ def test_presets_of_imagenet():
       'alexnet', 'sampled_softmax', 65536)
   for presets in ('', 'resnet18', 'vgg16', 'softmax', 'alexnet,sampled'):
     config_lib.validate(get_config(presets))
-  with pytest.raises(ValueError, match="preset 'resnet19', must be one of resnet50"):
+  with pytest.raises(errors.UserError, match="preset 'resnet19', must be one of resnet50"):
     get_config('resnet19')

@@ -107,5 +107,5 @@ def test_wrong_calls_are_named(model, tmp_path):
   for k in (2.5, '5', None):
     with pytest.raises(errors.UserError, match=f'k is {k}, must be from 1 to the 128 rows'):
       model.neighbors(np.zeros((1, 32, 32, 3), np.uint8), k)
-  with pytest.raises(errors.UserError, match="no '.*config.json'"):
+  with pytest.raises(errors.UserError, match="no file '.*config.json'"):
     instdisc_jax.load(tmp_path)

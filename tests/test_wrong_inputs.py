@@ -9,7 +9,7 @@ def page():
 
 
 @pytest.mark.parametrize('case', wrong_inputs.CASES, ids=lambda case: case.what.replace(' ', '-'))
-def test_one_line_says_what_to_change_and_it_is_the_page_s(case, page):
+def test_one_line_says_what_to_change_as_on_the_page(case, page):
   code, text = wrong_inputs.answer(case)
   assert text.startswith({2: 'error: ', 1: 'failed: '}[code]), text
   assert text.count('\n') == 1 and 'Traceback' not in text

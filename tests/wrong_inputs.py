@@ -1,4 +1,4 @@
-"""Wrong inputs of every command, and what each says to them.
+"""Wrong inputs of every command, and the message for each.
 
     python -m tests.wrong_inputs        writes docs/errors.md, which the tests compare
 """
@@ -17,13 +17,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import convert, embed, evaluate, main, preview, reproduce, retrieve, workdir
+from instdisc_jax import config as config_lib
+from instdisc_jax import convert, embed, evaluate, main, preview, reproduce, retrieve
 from instdisc_jax.data import folder as folder_lib
+from instdisc_jax.runtime import workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'errors.md'
 _NUM_DEVICES = 8
-_FOREIGN = re.compile(r'\(.*\): (?=set )')  # words of other libraries: they change with versions
+_FOREIGN = re.compile(r'\(.*\): (?=set |correct )')  # other libraries' words change with versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +33,10 @@ class Case:
   """One wrong input.
 
   Attributes:
-    what: is wrong, in words.
+    what: the mistake, in words.
     command: launch/local.sh, or a module of `instdisc_jax`.
-    arguments: of the command; run in an empty folder.
-    prepare: makes in that folder what the mistake needs; what it yields stays meanwhile.
+    arguments: of the command; it is run in an empty folder.
+    prepare: makes in that folder what the mistake needs; what it yields lasts meanwhile.
     foreign: whether the message quotes another library.
   """
   what: str
@@ -70,12 +72,13 @@ def _claims(**changes):
   def prepare():
     config = _digits()
     config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
-    return workdir.claim('run', config, 'other pictures')
+    settings = config_lib.to_json(config)
+    return workdir.claim('run', settings, config_lib.changeable(settings), 'other images')
   return prepare
 
 
-def _begun(**changes):
-  """As `_claims`, but left again."""
+def _started(**changes):
+  """As `_claims`, but no longer in use."""
   def prepare():
     with _claims(**changes)():
       return contextlib.nullcontext()
@@ -89,7 +92,7 @@ def _digits():
 
 
 def _in_use():
-  """A run folder in use, by a process and a machine that are always called the same."""
+  """A run folder in use, by a process and a machine whose names never change."""
   stack = contextlib.ExitStack()
   stack.enter_context(_claims()())
   pathlib.Path('run/lock').write_text('process 4711 on node1\n')
@@ -102,47 +105,47 @@ def _damaged():
 
 
 def _folder(*names, **texts):
-  """A folder of tiny pictures; `texts` are further files, their names' underscores being dots."""
+  """A folder of tiny images; `texts` are further files, underscores in their names being dots."""
   def prepare():
     for name in names:
-      path = pathlib.Path('pictures', name)
+      path = pathlib.Path('images', name)
       path.parent.mkdir(parents=True, exist_ok=True)
       Image.new('RGB', (40, 30)).save(path)
     for name, text in texts.items():
-      pathlib.Path('pictures', name.replace('_', '.')).write_text(text)
+      pathlib.Path('images', name.replace('_', '.')).write_text(text)
     return contextlib.nullcontext()
   return prepare
 
 
 def _sizes():
   _folder('a/1.png', 'a/2.png', 'a/3.png', 'a/4.png', 'a/5.png', 'a/6.png', 'a/7.png')()
-  Image.new('RGB', (30, 30)).save('pictures/a/8.png')
+  Image.new('RGB', (30, 30)).save('images/a/8.png')
   return contextlib.nullcontext()
 
 
 def _listed():
-  """A folder of pictures that has one more than the run knows, and one less."""
+  """A folder of images with one that the run does not know, and without one that it does."""
   _folder('a/1.png', 'a/3.png')()
-  size = pathlib.Path('pictures/a/1.png').stat().st_size
+  size = pathlib.Path('images/a/1.png').stat().st_size
   pathlib.Path('run').mkdir()
   files = {'a/1.png': size, 'a/2.png': size}
   folder_lib.keep({'files': files, 'unreadable': {}}, list(files), 'run')
   return contextlib.nullcontext()
 
 
-_PICTURES = np.zeros((16, 32, 32, 3), np.uint8)
+_IMAGES = np.zeros((16, 32, 32, 3), np.uint8)
 _ARRAYS = 'dataset.name=arrays:a.npz'
-_FOLDER = 'dataset.name=folder:pictures'
+_FOLDER = 'dataset.name=folder:images'
 
 CASES = [
     Case('no workdir', 'main', ['--config=digits.py']),
     Case('no config', 'main', ['--workdir=run']),
-    Case('no such config file', 'main', ['--config=none.py', '--workdir=run']),
+    Case('missing config file', 'main', ['--config=none.py', '--workdir=run']),
     Case('config file with a syntax error', 'main', ['--config=c.py', '--workdir=run'],
          _writes('c.py', 'def ('), foreign=True),
     Case('config file without get_config', 'main', ['--config=c.py', '--workdir=run'],
-         _writes('c.py', 'x = 1'), foreign=True),
-    Case('config file that fails', 'main', ['--config=c.py', '--workdir=run'],
+         _writes('c.py', 'x = 1')),
+    Case('config file that raises an error', 'main', ['--config=c.py', '--workdir=run'],
          _writes('c.py', 'def get_config(): return 1 / 0')),
     Case('config file that returns something else', 'main', ['--config=c.py', '--workdir=run'],
          _writes('c.py', 'def get_config(): return 3')),
@@ -152,127 +155,134 @@ CASES = [
     Case('process number out of range', 'main',
          ['--config=digits.py', '--workdir=run', '--coordinator=host:1234', '--num_processes=2',
           '--process_id=2']),
-    Case('process count that is no number', 'main',
+    Case('number of processes in words', 'main',
          ['--config=digits.py', '--workdir=run', '--num_processes=two']),
-    _setting('misspelt setting', 'loss.temprature=0.1'),
-    _setting('word for a number', 'batch_size=many'),
+    _setting('misspelled setting', 'loss.temprature=0.1'),
+    _setting('word instead of a number', 'batch_size=many'),
+    _setting('word instead of true or false', 'deterministic=perhaps'),
+    _setting('word instead of numbers in parentheses', 'optimizer.milestones=late'),
     _setting('seed below 0', 'seed=-1'),
-    _setting('no epochs', 'epochs=0'),
-    _setting('more images a batch than there are', 'batch_size=1304'),
-    _setting('batch that the devices cannot share', 'batch_size=100'),
-    _setting('batch that cannot be cut into parts', 'batch_size=128', 'accumulate_steps=3'),
+    _setting('0 epochs', 'epochs=0'),
+    _setting('batch larger than the data set', 'batch_size=1304'),
+    _setting('batch size not divisible by the number of devices', 'batch_size=100'),
+    _setting('batch size not divisible into parts', 'batch_size=128', 'accumulate_steps=3'),
     _setting('unknown encoder', 'model.name=resnet19'),
-    _setting('no channels', 'model.width=0'),
-    _setting('unknown type', 'model.dtype=int8'),
-    _setting('float64 that JAX has not been asked for', 'model.dtype=float64'),
-    _setting('encoder for larger pictures', 'model.name=alexnet'),
+    _setting('0 channels', 'model.width=0'),
+    _setting('unknown type of the computation', 'model.dtype=int8'),
+    _setting('float64 that is not enabled in JAX', 'model.dtype=float64'),
+    _setting('encoder for larger images', 'model.name=alexnet'),
     _setting('unknown loss', 'loss.name=triplet'),
     _setting('temperature below 0', 'loss.temperature=-1'),
-    _setting('temperature that is no number', 'loss.temperature=nan'),
-    _setting('no noise', 'loss.name=nce', 'loss.noise_count=0'),
+    _setting('temperature that is not a number', 'loss.temperature=nan'),
+    _setting('0 noise samples', 'loss.name=nce', 'loss.noise_count=0'),
     _setting('normalizer below 0', 'loss.name=nce', 'loss.normalizer=-3'),
     _setting('proximal weight below 0', 'loss.proximal_weight=-1'),
     _setting('bank momentum above 1', 'bank.momentum=1.5'),
     _setting('bank of an unknown type', 'bank.dtype=float16'),
-    _setting('unknown start of the bank', 'bank.init=zeros'),
-    _setting('learning rate 0', 'optimizer.learning_rate=0'),
-    _setting('momentum 1', 'optimizer.momentum=1'),
+    _setting('unknown initialization of the bank', 'bank.init=zeros'),
+    _setting('learning rate of 0', 'optimizer.learning_rate=0'),
+    _setting('momentum of 1', 'optimizer.momentum=1'),
     _setting('unknown schedule', 'optimizer.schedule=step'),
     _setting('warm-up longer than the run', 'optimizer.schedule=cosine', 'epochs=5',
              'optimizer.warmup_epochs=5'),
     _setting('milestone at the start', 'optimizer.milestones=(0,)'),
-    _setting('crop larger than the picture', 'augment.crop_scale=(0.5,2.0)'),
-    _setting('hue beyond the circle', 'augment.hue=0.7'),
-    _setting('pictures divided by 0', 'augment.std=(0.0,0.0,0.0)'),
-    _setting('more neighbours than images', 'knn.neighbors=1298'),
+    _setting('crop larger than the image', 'augment.crop_scale=(0.5,2.0)'),
+    _setting('hue shift of more than half a turn', 'augment.hue=0.7'),
+    _setting('standard deviation of 0', 'augment.std=(0.0,0.0,0.0)'),
+    _setting('more neighbors than images', 'knn.neighbors=1298'),
     _setting('kNN temperature that overflows', 'knn.temperature=0.001'),
     _setting('checkpoint every 0 steps', 'checkpoint.every_steps=0'),
     _setting('unknown data set', 'dataset.name=mnist'),
     _setting('subset larger than the set', 'dataset.limit=9999'),
     _setting('subset of one image', 'dataset.limit=1'),
-    _setting('folder for TFDS that is none', 'dataset.name=tfds:cifar10',
+    _setting('missing folder for TFDS', 'dataset.name=tfds:cifar10',
              'dataset.data_dir=nowhere'),
-    _setting('data set that TFDS does not know', 'dataset.name=tfds:nothing_of_this_name',
+    _setting('data set unknown to TFDS', 'dataset.name=tfds:nothing_of_this_name',
              'dataset.data_dir=.', foreign=True),
-    _setting('no such arrays', 'dataset.name=arrays:none.npz'),
-    _setting('arrays that are text', _ARRAYS, prepare=_writes('a.npz', 'text'), foreign=True),
-    _setting('arrays that hold Python objects', _ARRAYS,
+    _setting('missing .npz file', 'dataset.name=arrays:none.npz'),
+    _setting('.npz file that is text', _ARRAYS, prepare=_writes('a.npz', 'text'), foreign=True),
+    _setting('.npz file with Python objects', _ARRAYS,
              prepare=_saves(images=np.array([{}, {}], object)), foreign=True),
-    _setting('arrays without images', _ARRAYS, prepare=_saves(pictures=_PICTURES)),
-    _setting('images as floats', _ARRAYS, prepare=_saves(images=_PICTURES.astype(np.float32))),
-    _setting('images without colours', _ARRAYS, prepare=_saves(images=_PICTURES[..., 0])),
-    _setting('a label too few', _ARRAYS, prepare=_saves(images=_PICTURES, labels=np.arange(15))),
-    _setting('label below 0', _ARRAYS, prepare=_saves(images=_PICTURES, labels=np.arange(16) - 1)),
-    _setting('one image', _ARRAYS, prepare=_saves(images=_PICTURES[:1])),
-    _setting('no such folder', _FOLDER),
-    _setting('folder without pictures', _FOLDER, prepare=_writes('pictures/notes.txt', '')),
-    _setting('folder of one picture', _FOLDER, prepare=_folder('1.png')),
-    _setting('folder of which no file can be read', _FOLDER, 'dataset.on_unreadable=skip',
-             prepare=_writes('pictures/1.jpg', 'text')),
-    _setting('folder that has changed since', _FOLDER, prepare=_listed),
-    _setting('listing of a folder that is broken', _FOLDER,
+    _setting('.npz file without images', _ARRAYS, prepare=_saves(pictures=_IMAGES)),
+    _setting('images as floats', _ARRAYS, prepare=_saves(images=_IMAGES.astype(np.float32))),
+    _setting('images without color channels', _ARRAYS, prepare=_saves(images=_IMAGES[..., 0])),
+    _setting('one label missing', _ARRAYS, prepare=_saves(images=_IMAGES, labels=np.arange(15))),
+    _setting('label below 0', _ARRAYS, prepare=_saves(images=_IMAGES, labels=np.arange(16) - 1)),
+    _setting('.npz file with a single image', _ARRAYS, prepare=_saves(images=_IMAGES[:1])),
+    _setting('missing folder', _FOLDER),
+    _setting('folder without images', _FOLDER, prepare=_writes('images/notes.txt', '')),
+    _setting('folder with a single image', _FOLDER, prepare=_folder('1.png')),
+    _setting('folder without a readable image', _FOLDER, 'dataset.on_unreadable=skip',
+             prepare=_writes('images/1.jpg', 'text')),
+    _setting('folder that has changed since the run was started', _FOLDER, prepare=_listed),
+    _setting('damaged listing of a folder', _FOLDER,
              prepare=lambda: [_folder('1.png')(), _writes('run/files.json', '[]')()][1]),
-    _setting('label list without a picture', _FOLDER,
+    _setting('labels.csv that lacks an image', _FOLDER,
              prepare=_folder('1.png', '2.png', labels_csv='1.png,cat\n')),
-    _setting('label list of three columns', _FOLDER,
+    _setting('labels.csv with three columns', _FOLDER,
              prepare=_folder('1.png', labels_csv='1.png,cat,red\n')),
-    _setting('validation that is no share', 'dataset.validation=val'),
-    _setting('validation folder that is missing', _FOLDER, 'dataset.validation=val',
+    _setting('validation that is not a share', 'dataset.validation=val'),
+    _setting('missing validation folder', _FOLDER, 'dataset.validation=val',
              prepare=_folder('a/1.png', 'a/2.png')),
-    _setting('validation with a class of its own', _FOLDER, 'dataset.validation=pictures/a',
+    _setting('validation folder with an unknown class', _FOLDER, 'dataset.validation=images/a',
              prepare=_folder('a/b/1.png', 'a/c/2.png')),
-    _setting('pictures of several sizes on the device', _FOLDER, 'dataset.path=resident',
+    _setting('images of several sizes on the device', _FOLDER, 'dataset.path=resident',
              'batch_size=8', 'knn.neighbors=1', prepare=_sizes),
     _setting('unknown data path', 'dataset.path=disk'),
-    _setting('unknown answer to unreadable files', 'dataset.on_unreadable=ignore'),
-    _setting('workers below 0', 'dataset.workers=-1'),
+    _setting('unknown choice for unreadable files', 'dataset.on_unreadable=ignore'),
+    _setting('negative number of workers', 'dataset.workers=-1'),
     _setting('views of 4 pixels', 'augment.size=4'),
-    _setting('pictures that are not square, streamed as they are', _ARRAYS, 'dataset.path=stream',
-             'batch_size=8', prepare=_saves(images=_PICTURES[:, :20])),
-    _setting('weights that are missing', 'model.init=none.pth'),
-    _setting('start from a folder that is no run', 'model.init=.'),
+    _setting('images that are not square, streamed without a crop', _ARRAYS, 'dataset.path=stream',
+             'batch_size=8', prepare=_saves(images=_IMAGES[:, :20])),
+    _setting('missing file of weights', 'model.init=none.pth'),
+    _setting('start from a folder that is not a run', 'model.init=.'),
     Case('unknown preset', 'main', ['--config=imagenet.py:resnet19', '--workdir=run'],
          _writes('imagenet.py', (ROOT / 'configs' / 'imagenet.py').read_text())),
-    Case('preview of no folder', 'preview', ['--images=pictures', '--output=a.png']),
-    Case('preview into another format', 'preview', ['--images=pictures', '--output=a.jpg']),
-    Case('preview of a broken picture', 'preview', ['--images=pictures', '--output=a.png'],
-         _writes('pictures/1.jpg', 'text')),
-    Case('preview into a missing folder', 'preview', ['--images=pictures', '--output=b/a.png'],
+    Case('preview of a missing folder', 'preview', ['--images=images', '--output=a.png']),
+    Case('preview in another format', 'preview', ['--images=images', '--output=a.jpg']),
+    Case('preview of a damaged image', 'preview', ['--images=images', '--output=a.png'],
+         _writes('images/1.jpg', 'text')),
+    Case('preview into a missing folder', 'preview', ['--images=images', '--output=b/a.png'],
          _folder('1.png')),
     _setting('workdir below a file', prepare=_writes('run', '')),
     _setting('workdir in use', prepare=_in_use),
-    _setting('workdir of a run with other settings', prepare=_begun(model__width=32)),
-    _setting('workdir of a run on other data', prepare=_begun()),
+    _setting('workdir of a run with other settings', prepare=_started(model__width=32)),
+    _setting('workdir of a run on other data', prepare=_started()),
     _setting('workdir with another config.json', prepare=_writes('run/config.json', '[]')),
-    _setting('workdir whose every checkpoint is damaged', prepare=_damaged),
+    _setting('workdir in which every checkpoint is damaged', prepare=_damaged),
     Case('nothing to convert', 'convert', ['--workdir=run']),
-    Case('conversion both ways', 'convert', ['--from=a.pth', '--to=b.pth', '--workdir=run']),
+    Case('conversion in both directions', 'convert',
+         ['--from=a.pth', '--to=b.pth', '--workdir=run']),
     Case('conversion without a workdir', 'convert', ['--from=a.pth']),
-    Case('no such checkpoint', 'convert', ['--from=a.pth', '--workdir=run']),
-    Case('conversion into a folder in use', 'convert', ['--from=a.pth', '--workdir=run'],
+    Case('missing checkpoint', 'convert', ['--from=a.pth', '--workdir=run']),
+    Case('conversion into a folder that is not empty', 'convert', ['--from=a.pth', '--workdir=run'],
          lambda: [_writes('a.pth', '')(), _writes('run/notes.txt', '')()][1]),
     Case('export to an unknown format', 'convert', ['--workdir=run', '--to=a.onnx']),
-    Case('export of no run', 'convert', ['--workdir=run', '--to=a.pth']),
+    Case('export of a folder that is not a run', 'convert', ['--workdir=run', '--to=a.pth']),
     Case('export of a run without a checkpoint', 'convert', ['--workdir=run', '--to=a.pth'],
-         _begun()),
-    Case('evaluation of no run', 'evaluate', ['--workdir=run', '--protocol=knn']),
+         _started()),
+    Case('evaluation of a folder that is not a run', 'evaluate',
+         ['--workdir=run', '--protocol=knn']),
     Case('unknown protocol', 'evaluate', ['--workdir=run', '--protocol=knn,tsne']),
     Case('evaluation without a protocol', 'evaluate', ['--workdir=run']),
-    Case('embedding with no run', 'embed',
-         ['--workdir=run', '--images=pictures', '--output=a.npz']),
-    Case('embedding into another format', 'embed',
-         ['--workdir=run', '--images=pictures', '--output=a.csv']),
-    Case('embedding into a missing folder', 'embed',
-         ['--workdir=run', '--images=pictures', '--output=b/a.npz']),
-    Case('page of no run', 'retrieve', ['--workdir=run', '--output=page']),
-    Case('page in the place of something else', 'retrieve', ['--workdir=run', '--output=notes'],
+    Case('embedding with a folder that is not a run', 'embed',
+         ['--workdir=run', '--images=images', '--output=a.npz']),
+    Case('embeddings in another format', 'embed',
+         ['--workdir=run', '--images=images', '--output=a.csv']),
+    Case('embeddings into a missing folder', 'embed',
+         ['--workdir=run', '--images=images', '--output=b/a.npz']),
+    Case('page of a folder that is not a run', 'retrieve', ['--workdir=run', '--output=page']),
+    Case('page in a folder with other files', 'retrieve', ['--workdir=run', '--output=notes'],
          _writes('notes/todo.txt', '')),
     Case('page in a missing folder', 'retrieve', ['--workdir=run', '--output=b/page']),
-    Case('page without queries', 'retrieve',
+    Case('page with 0 queries', 'retrieve',
          ['--workdir=run', '--output=page', '--queries=0']),
     Case('unknown table', 'reproduce', ['--table=imagenet', '--scale=smoke']),
-    Case('table without seeds', 'reproduce', ['--table=proximal', '--scale=smoke', '--seeds=0']),
-    Case('processes in words', 'launch/local.sh', ['--processes=two', '--', '--workdir=run']),
+    Case('table with 0 seeds', 'reproduce', ['--table=proximal', '--scale=smoke', '--seeds=0']),
+    Case('number of processes in words', 'launch/local.sh',
+         ['--processes=two', '--', '--workdir=run']),
+    Case('unknown command to launch', 'launch/local.sh',
+         ['--command=train', '--', '--workdir=run']),
     Case('nothing to launch', 'launch/local.sh', ['--devices=2']),
     Case('unknown argument', 'launch/local.sh', ['--hosts=3', '--', '--workdir=run']),
     Case('no interpreter', 'launch/local.sh', ['--', '--workdir=run'],
@@ -292,7 +302,7 @@ def _environment(**variables):
 
 
 def answer(case):
-  """(exit code, what it says) of a case, in a folder of its own."""
+  """(exit code, message) of a case, in a folder of its own."""
   errors = io.StringIO()
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -332,14 +342,22 @@ def row(case, code, text):
 
 def page():
   """docs/errors.md."""
-  return f'''# Wrong inputs, and what is said to them
+  return f'''# Errors
 
-Written by `python -m tests.wrong_inputs`, on {_NUM_DEVICES} devices; the tests compare it with
-what the commands say. Exit code 2 is a mistake in what was asked for, 1 a run that failed, and 75
-one that a signal stopped after it had saved. Each message is one line on stderr. None of these
-inputs changes or deletes a file. `--config=digits.py --workdir=run` is left out below.
+Wrong inputs of every command, and the message for each: one line on stderr that names the value
+found, the value required and the setting to change. None of these inputs changes or deletes a file.
 
-| what is wrong | command | exit | message |
+Exit codes:
+
+* `0` success
+* `1` the run failed, for example because of a full disk or a non-finite loss
+* `2` a mistake in the command, its settings or its data
+* `75` stopped by a signal, after saving
+
+`python -m tests.wrong_inputs` writes this page, on {_NUM_DEVICES} devices, and the tests compare it
+with the messages. `--config=digits.py --workdir=run` is left out of the commands below.
+
+| mistake | command | exit code | message |
 |---|---|---|---|
 ''' + '\n'.join(row(case, *answer(case)) for case in CASES) + '\n'
 

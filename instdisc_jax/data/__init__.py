@@ -106,8 +106,8 @@ def _load_folder(config, path, held_out, workdir):
       unknown = sorted(set(test_names) - set(class_names))
       if unknown:
         raise errors.UserError(
-            f"dataset.validation has the class '{unknown[0]}'", f'a folder with the classes of '
-            f'{config.name}', setting='dataset.validation')
+            f"dataset.validation is '{held_out}' with the class '{unknown[0]}'",
+            f'a folder with only classes of {config.name}', setting='dataset.validation')
       number = np.array([class_names.index(name) for name in test_names], np.int32)
       test = dataclasses.replace(test, labels=number[test.labels])
   return Dataset(config.name, train, test, class_names, listing)

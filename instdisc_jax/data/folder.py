@@ -88,9 +88,10 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
     unreadable = _find_unreadable(root, sorted(found)) if on_unreadable == 'skip' else {}
     listing = {'files': dict(sorted(found.items())), 'unreadable': unreadable}
     if len(unreadable) == len(found):
+      name, why = next(iter(unreadable.items()))
       raise errors.UserError(
-          f"none of the {len(found)} images in '{path}' can be read (the first "
-          f'{next(iter(unreadable.values()))})', None, remedy, setting)
+          f"none of the images in '{path}' can be read ({len(found)} found; '{name}' {why})", None,
+          remedy, setting)
     if unreadable:
       name, why = next(iter(unreadable.items()))
       errors.warn(f'{len(unreadable)} of {len(found)} files are left out because they cannot be '
@@ -151,8 +152,10 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(f"'{file}' is not a listing of images ({errors.one_line(e)})", None,
-                           'restore it, or set another <--workdir>', '--workdir') from e
+    fault = (f'cannot be read ({errors.reason(e)})' if isinstance(e, OSError)
+             else 'is not a listing of images')
+    raise errors.UserError(f"'{file}' {fault}", None, 'restore it, or set another <--workdir>',
+                           '--workdir') from e
 
 
 def keep(listing: dict[str, Any], rows: Sequence[str],
@@ -230,7 +233,7 @@ def _classes(root, paths):
     if missing:
       raise errors.UserError(
           f"'{file}' has no line for {len(missing)} of the {len(paths)} images",
-          'a list with a line path,label for each',
+          "one line 'path,label' for each",
           f"add '{missing[0]}'" + (' and the others' if missing[1:] else '')
           + ', or remove the file to train without labels', 'dataset.name')
     names = [given[name] for name in paths]
@@ -249,10 +252,11 @@ def _read_labels(file):
       rows = [row for row in csv.reader(lines) if row]
   except (OSError, ValueError, csv.Error) as e:
     raise errors.UserError(f"'{file}' cannot be read ({e})", None,
-                           'make it lines of path,label in UTF-8', 'dataset.name') from e
+                           'write lines of path,label in UTF-8', 'dataset.name') from e
   wrong = next((row for row in rows if len(row) != 2), None)
   if wrong is not None:
-    raise errors.UserError(f"'{file}' has the line '{','.join(wrong)}'", 'lines of path,label',
+    raise errors.UserError(f"'{','.join(wrong)}' in '{file}' has {len(wrong)} value"
+                           + ('' if len(wrong) == 1 else 's'), 'path,label',
                            'correct it, or remove the file to train without labels',
                            'dataset.name')
   return {name.strip(): label.strip() for name, label in rows}

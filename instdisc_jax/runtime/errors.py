@@ -114,7 +114,7 @@ def cannot_write(path: object, error: OSError, argument: str) -> Exception:
   if is_no_space(error):
     return error
   return UserError(f"'{path}' cannot be written ({error.strerror or one_line(error)})",
-                   remedy=f'set <{argument}> to a place that can', setting=argument)
+                   remedy=f'set <{argument}> to a writable place', setting=argument)
 
 
 def check_output(output: pathlib.Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -124,7 +124,7 @@ def check_output(output: pathlib.Path, suffixes: tuple[str, ...] = ()) -> None:
                     setting='--output')
   if not output.absolute().parent.is_dir():
     raise UserError(f"--output is in '{output.parent}', which is not a folder",
-                    remedy='make it, or set <--output>', setting='--output')
+                    remedy='create it, or set <--output>', setting='--output')
 
 
 def warn(text: str) -> None:

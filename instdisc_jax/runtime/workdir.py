@@ -62,7 +62,8 @@ def read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
     return dict(content['config']), content['data']
   except OSError as e:
     raise errors.UserError(
-        f"no '{file}' ({e.strerror or 'not found'})",
+        f"no file '{file}'" if isinstance(e, FileNotFoundError) else
+        f"'{file}' cannot be read ({errors.reason(e)})",
         remedy='set <--workdir> to the folder of a run', setting='--workdir') from e
   except (ValueError, KeyError, TypeError) as e:
     raise errors.UserError(f"'{file}' is not the configuration of a run",
