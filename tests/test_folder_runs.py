@@ -101,7 +101,8 @@ def test_one_image_is_too_few(tmp_path):
   _write_noise(tmp_path / 'images', 1)
   config = folder_config(tmp_path / 'images')
   config.dataset.validation = None
-  with pytest.raises(errors.UserError, match='has 1 training image, must be a set of at least 2 images'):
+  with pytest.raises(errors.UserError,
+                     match='has 1 training image, must be a set of at least 2 images'):
     experiment.run(config, tmp_path / 'run', jax.devices()[:1])
   assert not (tmp_path / 'run').exists()
 

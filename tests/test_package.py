@@ -1,4 +1,4 @@
-"""What is installed, and what the README says to type; slow."""
+"""The installed package, and the commands of the README; slow."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import soak_kill
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 
 ROOT = soak_kill.ROOT
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path):
   _run(sys.executable, '-m', 'build', '--wheel', f'--outdir={tmp_path}', cwd=tmp_path / 'source')
   wheel, = tmp_path.glob('instdisc_jax-0.1.0-*.whl')
   _run(sys.executable, '-m', 'venv', tmp_path / 'fresh', cwd=tmp_path)
-  # What it depends on is what is installed here already.
+  # Its dependencies are those that are installed here already.
   python = tmp_path / 'fresh' / 'bin' / 'python'
   site = _run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', cwd=tmp_path)
   pathlib.Path(site.strip(), 'dependencies.pth').write_text(sysconfig.get_path('purelib') + '\n')
@@ -48,11 +48,11 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path):
        '--config.steps=3', '--config.knn.every_epochs=0', cwd=tmp_path)
   assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['steps'] == 3
   _run(python, '-m', 'instdisc_jax.retrieve', '--workdir=run', '--output=page', '--queries=5',
-       cwd=tmp_path)  # whose template is a file of the package
+       cwd=tmp_path)  # its template is a file of the package
 
 
-# Those that train are shortened; what takes hours, an installation or a file of the reader's is not
-# run: (how it begins, why).
+# Training is shortened. What takes hours, an installation or a file of the reader's is not run:
+# {how it begins: why, or what tests it}.
 _SHORTER = ['--config.steps=12', '--config.knn.every_epochs=0']
 _LEFT_OUT = {
     'make ': 'other tests, and CI',
@@ -60,28 +60,34 @@ _LEFT_OUT = {
     'python -m instdisc_jax.main --config=configs/cifar10.py --workdir=runs/cifar10': 'a download',
     'python -m instdisc_jax.main --config=configs/imagenet.py': 'ImageNet',
     'python -m instdisc_jax.reproduce': 'minutes; test_reproduce.py',
-    'python -m instdisc_jax.convert --from': 'a checkpoint; test_convert.py',
+    'python -m instdisc_jax.convert --from': 'a checkpoint; interop/test_import_checkpoint.py',
     'launch/local.sh': 'test_reliability.py',
 }
 
 
+def _blocks(text, *languages):
+  """The fenced blocks of a Markdown file in one of these languages."""
+  return re.findall(rf'^```(?:{"|".join(languages)})\n(.*?)^```', text, re.M | re.S)
+
+
 def _commands(text):
-  """The commands of a Markdown file's indented blocks, continued lines joined."""
-  block = '\n'.join(re.findall(r'^    (.*)$', text, re.M)).replace('\\\n', ' ')
+  """The commands of a Markdown file, continued lines joined, without comments."""
+  lines = '\n'.join(_blocks(text, 'sh', 'bash')).replace('\\\n', ' ').splitlines()
   starts = re.compile(r'python -m |make |pip install|launch/\w')
-  return [' '.join(line.split()) for line in block.splitlines() if starts.match(line)]
+  return [shlex.join(shlex.split(line, comments=True)) for line in lines if starts.match(line)]
 
 
-def test_the_readme_s_commands_run(tmp_path):
-  commands = _commands((ROOT / 'README.md').read_text())
+def test_the_commands_of_the_readme_run(tmp_path):
+  readme = (ROOT / 'README.md').read_text()
+  commands = _commands(readme)
   assert len(commands) > 15
   for name in ('configs', 'launch'):
     (tmp_path / name).symlink_to(ROOT / name)
-  write_pictures(tmp_path / 'PICTURES')
+  write_images(tmp_path / 'IMAGES')
   images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
   np.savez(tmp_path / 'mine.npz', images=images)
   (tmp_path / 'runs').mkdir()
-  # As the README has it, the demo has been trained.
+  # The README takes the demo as trained.
   _run(sys.executable, '-m', 'instdisc_jax.main', '--config=configs/digits.py',
        '--workdir=runs/demo', *_SHORTER, cwd=tmp_path)
   ran = []
@@ -105,6 +111,12 @@ def test_the_readme_s_commands_run(tmp_path):
     ran.append(command)
     if '--output=page' in words:
       shutil.rmtree(tmp_path / 'page')
+  for suffix, name in (('jpg', 'a.jpg'), ('png', 'b.png')):  # images of the reader's
+    shutil.copy(next((tmp_path / 'IMAGES').rglob(f'*.{suffix}')), tmp_path / name)
+  block, = _blocks(readme, 'python')
+  found = _run(sys.executable, '-c', block + 'print(embeddings.shape, row.shape, names)',
+               cwd=tmp_path)
+  assert re.fullmatch(r"\(2, 128\) \(1, 5\) \['(greenless|redless)'\]\n", found)
   for name in ('instdisc_jax.main', 'preview', 'evaluate', 'embed', 'retrieve', 'convert',
                'launch/tpu_vm.sh all --dry-run'):
     assert any(name in command for command in ran), name

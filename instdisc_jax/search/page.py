@@ -3,7 +3,7 @@
 It is a folder that opens from disk, without a server, and works offline:
 
     index.html    the same for all pages
-    data.js       what is on this one
+    data.js       the data of this page
     images/       a thumbnail of each image
 """
 
@@ -27,20 +27,20 @@ from instdisc_jax.runtime import errors, metrics, preemption
 from instdisc_jax.search import neighbors
 
 TEMPLATE = pathlib.Path(__file__).with_name('page.html')
-MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # tells a page of ours
-_FILES = {'index.html', 'data.js', 'images', 'pictures'}  # the last as it was called before
-_SIDE = 128  # of a thumbnail in pixels, the longer one
-_LOSSLESS_SIDE = 64  # smaller ones are shown pixel by pixel
+MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
+_FILES = {'index.html', 'data.js', 'images', 'pictures'}  # the last is an earlier name
+_SIDE = 128  # longer side of a thumbnail, in pixels
+_LOSSLESS_SIDE = 64  # thumbnails up to this side are lossless
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-  """Which images are the queries.
+  """The choice of query images.
 
   Attributes:
-    folder: of images; by default the held-out images of the run's data or, where there are none,
-      the training images.
-    most: how many of them at most, evenly spread.
+    folder: a folder of images; by default the run's held-out images or, if there are none, its
+      training images.
+    most: maximum number of queries, evenly spread.
     on_unreadable: see `folder.load`.
   """
   folder: str | None = None
@@ -53,9 +53,9 @@ class _Asked:
   """The queries of a page.
 
   Attributes:
-    title: what they are.
+    title: a description of them.
     images: [q], or None if they are training images.
-    rows: [q] of the bank, if they are training images.
+    rows: [q] rows of the bank, if they are training images.
   """
   title: str
   images: images_lib.Images | None = None
@@ -64,14 +64,14 @@ class _Asked:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-  """What the bank says, in rows of the bank.
+  """The search results, as rows of the bank.
 
   Attributes:
     shown: the training images of the page.
     queries: the nearest rows of queries that are not training images, or None.
     duplicates: [(row, row, similarity)].
     outliers: [(row, mean similarity)].
-    scanned: how many rows were searched for these two.
+    scanned: number of rows scanned for duplicates and outliers.
   """
   shown: neighbors.Shown
   queries: neighbors.Nearest | None
@@ -81,33 +81,33 @@ class _Found:
 
 
 def check_output(output: pathlib.Path) -> None:
-  """Raises `errors.UserError` if a page cannot be made there, or would replace something else."""
+  """Raises `errors.UserError` if a page cannot be written there or would replace other files."""
   errors.check_output(output)
   if output.exists() and not _is_page(output):
-    raise errors.UserError(f"'{output}' exists and is more than a page of this command",
+    raise errors.UserError(f"'{output}' exists and holds more than a page of this command",
                            remedy='set <--output> to a new folder', setting='--output')
 
 
 def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
           queries: Queries | None = None, limits: neighbors.Limits | None = None) -> int:
-  """Makes the page.
+  """Builds the page.
 
-  Similarities are cosines between the embedding of a query, computed now, and rows of the memory
-  bank; for a training image, between its own row and the others.
+  Similarities are cosines between the fresh embedding of a query and the rows of the memory bank;
+  for a training image, between its own row and the other rows.
 
   Args:
     model: a trained run.
-    output: the folder to make; an earlier page there is replaced.
-    watch: checked now and then.
-    queries: which images are the queries.
-    limits: how much is searched.
+    output: the folder to create; an earlier page there is replaced.
+    watch: checked regularly.
+    queries: the choice of query images.
+    limits: the size limits of the search.
 
   Returns:
     The number of queries.
 
   Raises:
     errors.UserError: there is no bank, the training images are gone, or an image cannot be read.
-    errors.Stopped: a signal came; nothing is left behind.
+    errors.Stopped: stopped by a signal; nothing is left behind.
   """
   queries, limits = queries or Queries(), limits or neighbors.Limits()
   trained = _trained_images(model)
@@ -189,7 +189,7 @@ def _embed(model, images, watch) -> Float[np.ndarray, 'q D']:
 
 
 def _search(model, asked, embedding, limits, watch):
-  """Everything about the bank that the page shows."""
+  """The search results that the page shows."""
   bank, k = model.bank, limits.neighbors
   rows, nearest = neighbors.scan(bank, model.config.seed, limits.scanned)
   watch.check()
@@ -209,7 +209,7 @@ def _search(model, asked, embedding, limits, watch):
 
 
 def _content(model, asked, found, sources) -> dict[str, Any]:
-  """What data.js holds; images are numbered: training images, then queries that are none."""
+  """The content of data.js; images are numbered, training images first, then other queries."""
   shown = found.shown
   number = lambda rows: np.searchsorted(shown.rows, rows).tolist()
   nearest, similarity = number(shown.nearest.row), shown.nearest.similarity.tolist()
@@ -232,7 +232,7 @@ def _content(model, asked, found, sources) -> dict[str, Any]:
 
 
 def _write(content, sources, output, watch):
-  """The folder, complete or not at all."""
+  """Writes the folder completely or not at all."""
   partial = None
   try:
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
@@ -252,7 +252,7 @@ def _write(content, sources, output, watch):
 
 
 def _write_thumbnails(sources, place, watch):
-  """NUMBER.webp for each image."""
+  """Writes NUMBER.webp for each image."""
   todo = [(source, i) for source in sources for i in range(len(source))]
 
   def write(number):
@@ -271,7 +271,7 @@ def _write_thumbnails(sources, place, watch):
 
 
 def _is_page(path):
-  """Whether a folder is empty, or a page of ours that holds nothing else."""
+  """Whether a folder is empty or contains only a page of ours."""
   if path.is_dir() and not any(path.iterdir()):
     return True
   index = path / 'index.html'

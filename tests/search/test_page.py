@@ -131,7 +131,7 @@ def test_other_files_in_a_page_s_folder_are_kept(trained, tmp_path, capsys):
   assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 0
   (page / 'notes.txt').write_text('mine')
   assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 2
-  assert 'is more than a page of this command' in capsys.readouterr().err
+  assert 'holds more than a page of this command' in capsys.readouterr().err
   assert (page / 'notes.txt').read_text() == 'mine'
 
 
@@ -159,7 +159,7 @@ def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'index.html').write_text('<html>')
   assert _make(('workdir', trained[0]), ('output', tmp_path / 'mine')) == 2
-  assert 'exists and is more than a page of this command' in capsys.readouterr().err
+  assert 'exists and holds more than a page of this command' in capsys.readouterr().err
   assert (tmp_path / 'mine' / 'index.html').read_text() == '<html>'
 
 
