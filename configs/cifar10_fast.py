@@ -1,4 +1,4 @@
-"""CIFAR-10 with the full softmax, tuned for a good kNN fast: larger batch, cosine schedule, flips.
+"""CIFAR-10 with the full softmax, tuned for fast training: larger batch, cosine schedule, flips.
 
     python -m instdisc_jax.main --config=configs/cifar10_fast.py --workdir=runs/cifar10_fast
 

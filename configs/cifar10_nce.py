@@ -2,11 +2,11 @@
 
     python -m instdisc_jax.main --config=configs/cifar10_nce.py --workdir=runs/cifar10_nce
 
-Z is estimated from the first batch and frozen, as published. The bank is random then, so Z stays
-too small for the trained bank: `--config.loss.normalizer=ema` tracks it.
+Z is estimated from the first batch and frozen, as published. The bank is still random then,
+so Z is too small for the trained bank; `--config.loss.normalizer=ema` tracks it.
 
-Cost: as configs/cifar10.py. Published result: 80.4% kNN (paper, Table 1). Not yet run to completion
-here.
+Cost: same as configs/cifar10.py. Published result: 80.4% kNN (paper, Table 1). Not yet run to
+completion here.
 """
 
 from instdisc_jax import config as config_lib

@@ -1,8 +1,8 @@
-"""Noise generated on the devices, at ImageNet's size: the cost of a step without its input.
+"""Noise generated on the devices, at ImageNet resolution, to measure a step without its input.
 
     python -m instdisc_jax.main --config=configs/fake.py --workdir=runs/fake
 
-`--config.dataset.name=fake:N` sets the number of images, and so of rows of the bank. Cost: 100
+`--config.dataset.name=fake:N` sets the number of images, and thus of bank rows. Cost: 100
 steps of 256 images, then N embeddings for the evaluation, which reads noise from the host. The
 images have no labels, so there is no accuracy.
 """

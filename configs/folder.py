@@ -3,9 +3,11 @@
     python -m instdisc_jax.main --config=configs/folder.py --workdir=runs/mine \\
         --config.dataset.name=folder:PATH
 
-Settings that are None are derived from the number of images N (`config.fill`), and any of them can
-be set: the batch is the largest power of two up to 256 and N; the epochs are such that 40 million
-images are seen, from 30 to 200; the learning rate is 0.03 for a batch of 256; K = √N, at most 200.
+Settings left at None are derived from the number of images N (see `config.fill`): the batch size is
+the largest power of two up to min(256, N); the epochs cover 40 million images, but are at least 30
+and at most 200; the learning rate is 0.03 per 256 images of the batch; K = √N, at most 200. Any of
+them can also be set.
+
 Few folders are large enough to train from scratch: `--config.model.init=FILE` starts from weights
 in any layout that `instdisc_jax.convert` reads, `--config.model.init=WORKDIR` from an earlier run,
 e.g. before images were added.

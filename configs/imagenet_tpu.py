@@ -3,10 +3,10 @@
     python -m instdisc_jax.main --distributed --config=configs/imagenet_tpu.py \\
         --workdir=gs://BUCKET/imagenet --config.dataset.data_dir=DIR
 
-The learning rate scales with the batch (0.03 for 256 images), warms up over 10 epochs and decays
-along a cosine; convolutions and the rows of the bank are bfloat16, sums, parameters and statistics
-float32. The 1,281,167 rows are sharded over all chips. `launch/tpu_vm.sh` starts it on all hosts
-and copies the data there; docs/how-to/data.md describes how to prepare them.
+The learning rate scales with the batch (0.03 per 256 images), warms up over 10 epochs and then
+follows a cosine decay. Convolutions and the rows of the bank are in bfloat16; sums, parameters and
+statistics are in float32. The 1,281,167 rows are sharded over all chips. `launch/tpu_vm.sh` starts
+the run on all hosts and copies the data to them; docs/how-to/data.md describes how to prepare it.
 
 Cost: 200 epochs, 62,557 steps, intended for 32 to 256 chips. Not yet run: no result is known.
 """

@@ -14,14 +14,14 @@ def load(workdir: 'str | os.PathLike[str]') -> 'Model':
   """Opens a trained run: `instdisc_jax.load(workdir).embed(images)`; see `inference.Model`.
 
   Args:
-    workdir: the folder or bucket of a run, or made by `convert`.
+    workdir: the folder or bucket of a run, or one made by `convert`.
 
   Returns:
     An `inference.Model`.
 
   Raises:
-    errors.UserError: it has no intact checkpoint.
+    errors.UserError: there is no intact checkpoint.
   """
-  from instdisc_jax import inference  # slow to import, which `python -m instdisc_jax...` need not
+  from instdisc_jax import inference  # slow to import, and not needed by every command
 
   return inference.load(workdir)

@@ -5,8 +5,8 @@ hue in random order), grayscale, optional flip, normalization; for ImageNet, gra
 the jitter. The definitions are torchvision's on PIL images, in float arithmetic: values are clipped
 to [0, 1] after each color operation, as PIL clips its bytes, but not rounded to bytes in between.
 
-Each view takes `DRAWS` random numbers, the crop's first. Where the host has cropped already
-(`data/feeds.py`), it has drawn the same numbers and the device skips the crop.
+Each view uses `DRAWS` random numbers, those of the crop first. If the host has already cropped the
+images (`data/feeds.py`), it has drawn the same numbers, and the device skips the crop.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from instdisc_jax import crops
 
-DRAWS = crops.DRAWS + 10  # uniform numbers for a view, float32
+DRAWS = crops.DRAWS + 10  # uniform float32 numbers per view
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's convert('L')
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """What is drawn for a view: the `augment` settings of a run, without the view size.
+  """The distribution of views: the `augment` settings of a run, without the view size.
 
   Attributes:
     crop_scale: (smallest, largest) share of the area that a crop covers.
@@ -35,10 +35,10 @@ class Augmentation:
     saturation: s.
     hue: h in [0, 0.5]; the shift is uniform in [-h, h] turns of the color circle.
     grayscale: probability of dropping color.
-    grayscale_first: before the jitter instead of after it.
+    grayscale_first: whether grayscale comes before the jitter instead of after it.
     flip: probability of mirroring left to right.
-    mean: per channel, of images in [0, 1].
-    std: likewise.
+    mean: mean per channel, of images in [0, 1].
+    std: standard deviation per channel, likewise.
   """
   crop_scale: tuple[float, float]
   crop_ratio: tuple[float, float]
@@ -63,11 +63,11 @@ def augment(key: Key[Array, ' B'], images: UInt8[Array, 'B H W 3'], how: Augment
   """Draws one view of each image.
 
   Args:
-    key: [B] `jax.random` keys, one for each image.
+    key: [B] `jax.random` keys, one per image.
     images: [B, H, W, 3] uint8.
-    how: what to draw.
+    how: the distribution of views.
     size: (height, width) of the views, or None if `images` are cropped already.
-    dtype: of the arithmetic and the result; the random draws are the same for all.
+    dtype: dtype of the arithmetic and the result; the random draws are the same for every dtype.
 
   Returns:
     [B, *size, 3].
@@ -113,7 +113,7 @@ def color_jitter(x: Float[Array, 'B h w 3'], amounts: Float[Array, 'B 4'],
   Returns:
     [B, H, W, 3] in [0, 1].
   """
-  # Hue is the expensive one: it is done once, between the operations before it and those after.
+  # Hue is expensive: it is applied once, between the operations before it and those after it.
   hue_place = jnp.argmax(order == 3, axis=1)
   for place in (0, 1, 2):
     x = _blend(x, order[:, place], amounts, active=place < hue_place)

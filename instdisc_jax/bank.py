@@ -1,12 +1,12 @@
 """The memory bank: one row per training image, and the noise drawn from its rows.
 
-Letters, here and everywhere: N rows (training images), D embedding size, B images in the global
+Notation, here and elsewhere: N rows (training images), D embedding size, B images in the global
 batch, M noise samples per image. Under `jax.shard_map` each device holds n = ceil(N / devices)
 consecutive rows; rows at positions >= N are padding and never correspond to an image.
 
               device 0        device 1              device k
     bank   [ rows 0..n-1 | rows n..2n-1 | ... | rows .. N-1, padding ]
-    batch  [ B/k images  | B/k images   | ... | B/k images           ]   queries travel, rows stay
+    batch  [ B/k images  | B/k images   | ... | B/k images           ]   queries move, rows stay
 
 Functions that take `axis_name` work on the full bank (None) or on one device's shard.
 """
@@ -33,8 +33,8 @@ def init(key: Key[Array, ''], num_rows: int, dim: int, *, unit: bool = False,
     num_rows: N.
     dim: D.
     unit: False for entries uniform in ±1/sqrt(D/3), as published: rows of mean squared norm 1 that
-      get unit norm with their first update. True for uniformly distributed unit vectors.
-    dtype: of the rows.
+      become unit-norm at their first update. True for uniformly distributed unit vectors.
+    dtype: dtype of the rows.
 
   Returns:
     [N, D].
@@ -47,16 +47,16 @@ def init(key: Key[Array, ''], num_rows: int, dim: int, *, unit: bool = False,
 
 def update(bank: Float[Array, 'N D'], index: Int[Array, ' B'], features: Float[Array, 'B D'], *,
            momentum: float, axis_name: str | None = None) -> Float[Array, 'N D']:
-  """Moves the batch's rows towards its features: V_i <- normalize(m V_i + (1 - m) v_i).
+  """Moves the batch's rows toward its features: V_i <- normalize(m V_i + (1 - m) v_i).
 
   Every new row is computed from the bank before the update. If an index occurs more than once in
-  the batch, the last occurrence wins, on every device and any device count.
+  the batch, the last occurrence wins, on every device and for any device count.
 
   Args:
     bank: [N, D], or the local shard [n, D] when `axis_name` is given.
     index: [B] rows of the images; the local part of the batch when `axis_name` is given.
     features: [B, D] unit-norm features, sharded like `index`.
-    momentum: m in [0, 1]; 0 replaces the row by the feature.
+    momentum: m in [0, 1]; 0 replaces the row with the feature.
     axis_name: mesh axis over which rows and batch are sharded.
 
   Returns:
@@ -77,7 +77,7 @@ def noise(key: Key[Array, ''], step: Int[Array, ''] | int, index: Int[Array, ' B
           noise_count: int, num_rows: int) -> Int[Array, 'B M']:
   """Noise rows for each image: independent, uniform over the N rows, with replacement.
 
-  They depend on (key, step, image index) alone, so any device count draws the same rows.
+  They depend on (key, step, image index) alone, so they are the same for any device count.
 
   Args:
     key: a `jax.random` key.
@@ -123,7 +123,7 @@ def gather(tree: Any, axis_name: str | None) -> Any:
 
 def locate(bank: Float[Array, 'n D'], index: Int[Array, '*shape'],
            axis_name: str | None) -> tuple[Int[Array, '*shape'], Bool[Array, '*shape']]:
-  """Where rows are in this device's shard.
+  """The positions of rows in this device's shard.
 
   Args:
     bank: [n, D] local shard (the full bank when `axis_name` is None).
@@ -131,8 +131,8 @@ def locate(bank: Float[Array, 'n D'], index: Int[Array, '*shape'],
     axis_name: mesh axis, or None.
 
   Returns:
-    (local, owned), both shaped like `index`: positions clipped into the shard, and whether the row
-    is in it.
+    (local, owned), both shaped like `index`: positions clipped to the shard, and whether the row is
+    in it.
   """
   n = bank.shape[0]
   local = index - (0 if axis_name is None else lax.axis_index(axis_name) * n)
@@ -141,7 +141,7 @@ def locate(bank: Float[Array, 'n D'], index: Int[Array, '*shape'],
 
 def count_local_rows(bank: Float[Array, 'n D'], axis_name: str | None,
                      num_rows: int | None) -> Int[Array, ''] | int:
-  """How many rows of this device's shard are images; the rest, at its end, is padding."""
+  """Number of this device's rows that belong to images; the rest, at the end, are padding."""
   n = bank.shape[0]
   if axis_name is None:
     return n if num_rows is None else num_rows

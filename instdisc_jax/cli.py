@@ -1,4 +1,4 @@
-"""What the commands share: their parser, their arguments, and the frame that they run in."""
+"""Common parts of the commands: the parser, shared arguments, and the wrapper that runs them."""
 
 import argparse
 import ast
@@ -16,14 +16,14 @@ from ml_collections import config_dict, config_flags
 from instdisc_jax import config as config_lib
 from instdisc_jax.runtime import checkpoint, distributed, errors
 
-# Of settings: {type: (what parses a value, what it must be)}
+# {type of a setting: (parser of a value, required form)}
 _FORMS = {int: (int, 'an integer'), float: (float, 'a number'),
           bool: (absl_flags.BooleanParser().parse, 'true or false'),
           tuple: (ast.literal_eval, 'numbers in parentheses')}
 
 
 class _Parser(argparse.ArgumentParser):
-  """Reports a mistake like every other: one line, exit code 2."""
+  """Reports a usage error like any other mistake: one line, exit code 2."""
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(message, remedy='see --help')
@@ -34,10 +34,10 @@ def make_parser(name: str, description: str | None, usage: str,
   """The parser of `python -m instdisc_jax.NAME`.
 
   Args:
-    name: of the command.
-    description: what it does, usually the docstring of its module.
-    usage: its arguments.
-    epilog: text after them.
+    name: the command's name.
+    description: what the command does, usually its module docstring.
+    usage: the command's arguments.
+    epilog: text after the arguments.
   """
   return _Parser(prog=f'python -m instdisc_jax.{name}', description=description, epilog=epilog,
                  usage=f'%(prog)s {usage}', allow_abbrev=False,
@@ -45,7 +45,7 @@ def make_parser(name: str, description: str | None, usage: str,
 
 
 def add_integer(parser: Any, name: str, **kwargs: Any) -> None:
-  """Adds an argument that is an integer; a mistake is worded like every other."""
+  """Adds an integer argument whose errors are worded like all others."""
   def parse(text: str) -> int:
     try:
       return int(text)
@@ -67,7 +67,7 @@ def add_on_unreadable(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-  """Adds what several processes need to find each other; see `join_processes`."""
+  """Adds the arguments with which several processes find each other; see `join_processes`."""
   group = parser.add_argument_group(
       'several processes', 'Start the same command in each, on its own machine or devices.')
   group.add_argument('--distributed', action='store_true',
@@ -88,14 +88,14 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 def run(command: Callable[[], object], flags: Mapping[str, str] | None = None) -> int:
-  """Runs a command without the noise of its libraries.
+  """Runs a command with the logs of its libraries silenced.
 
   Args:
-    command: what to run.
+    command: the function to run.
     flags: the command's own flags for settings and arguments, see `errors.UserError.worded`.
 
   Returns:
-    Its exit code, see `errors.exit_code`.
+    The exit code, see `errors.exit_code`.
   """
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log everything they do
   checkpoint.quiet_threads()
@@ -103,17 +103,17 @@ def run(command: Callable[[], object], flags: Mapping[str, str] | None = None) -
 
 
 def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
-  """The configuration of a file in `configs/`, or of any other, with overrides.
+  """The configuration of a file, in `configs/` or elsewhere, with overrides applied.
 
   Args:
     file: FILE.py, or FILE.py:PRESETS, which calls get_config('PRESETS').
-    overrides: '--config.KEY=VALUE' for each.
+    overrides: arguments of the form '--config.KEY=VALUE'.
 
   Returns:
     A `ConfigDict`, not validated yet.
 
   Raises:
-    errors.UserError: there is no such file, it is not a configuration, or an unknown setting.
+    errors.UserError: the file is missing or not a configuration, or a setting is unknown.
   """
   for argument in overrides:
     if not argument.startswith(('--config.', '-config.')):
@@ -137,7 +137,7 @@ def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
 
 
 def _run_config(file):
-  """What get_config() of a config file returns."""
+  """The result of a config file's get_config()."""
   remedy = 'set <--config>=configs/NAME.py'
   path, colon, presets = _find_config(file)
   try:
@@ -147,7 +147,7 @@ def _run_config(file):
     config = get_config(*[presets] if colon else [])
   except errors.UserError:
     raise
-  except Exception as e:  # whatever the file raises when it runs
+  except Exception as e:  # anything that the file raises when it runs
     raise errors.UserError(
         f"'{file}' is not a configuration ({type(e).__name__}: {errors.one_line(e)})", None,
         remedy, '--config') from e
@@ -158,7 +158,7 @@ def _run_config(file):
 
 
 def _check_forms(overrides):
-  """Raises `errors.UserError` for a value of another type than the setting's."""
+  """Raises `errors.UserError` for a value that does not have the setting's type."""
   settings = {setting.key: setting for setting in config_lib.SETTINGS}
   for argument in overrides:
     key, _, text = argument.partition('.')[2].partition('=')
@@ -182,7 +182,7 @@ def describe_settings() -> str:
 
 
 def _find_config(file):
-  """(path, ':' or '', presets); `configs/` is installed in the package, or else lies beside it."""
+  """(path, ':' or '', presets); `configs/` is inside the installed package or next to it."""
   path, colon, presets = file.partition(':')
   package = os.path.dirname(os.path.abspath(__file__))
   places = ['', package, os.path.dirname(package)] if path.startswith('configs/') else ['']

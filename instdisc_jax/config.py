@@ -16,18 +16,18 @@ from instdisc_jax.runtime import errors
 
 Config: TypeAlias = Any  # a `ConfigDict`, whose settings no type checker knows
 
-# A test compares these with what the models and losses offer.
+# A test checks these against the models and losses.
 MODELS = ('alexnet', 'resnet10', 'resnet101', 'resnet101_cifar', 'resnet10_cifar', 'resnet18',
           'resnet18_cifar', 'resnet34', 'resnet34_cifar', 'resnet50', 'resnet50_cifar', 'vgg16',
           'vgg16_bn')
-SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image in pixels; else any
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # in pixels; any side for the others
 LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax')
 SAMPLED_LOSSES = ('nce', 'sampled_softmax')
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
 
 class Limit(NamedTuple):
-  """Which values a setting may have: a test, and the same in words."""
+  """The values that a setting may take: a predicate, and its wording."""
   holds: Callable[[Any], bool]
   text: str
 
@@ -40,9 +40,9 @@ class Setting:
     key: its name, e.g. 'loss.temperature'.
     default: its value in `default()`; None where it is derived or unused unless set.
     meaning: what it does, for --help and the documentation.
-    limit: which values it may have; None for any.
+    limit: the values it may take; None for any.
     kind: the type of a setting whose default is None.
-    changeable: whether it may change when a run is resumed, since it leaves the training as it is.
+    changeable: whether it may differ when a run is resumed, because training does not depend on it.
   """
   key: str
   default: Any
@@ -53,12 +53,12 @@ class Setting:
 
   @property
   def requirement(self) -> str:
-    """Which values it may have, in words; '' for any."""
+    """The values it may take, in words; '' for any."""
     return '' if self.limit is None else self.limit.text
 
   @property
   def remedy(self) -> str:
-    """What to do about a wrong value, see `errors.UserError`."""
+    """How to correct an invalid value, see `errors.UserError`."""
     if self.default is None:
       return f'set <{self.key}>, or leave it out'
     example = f"'{self.default}'" if isinstance(self.default, tuple) else self.default
@@ -190,7 +190,7 @@ SETTINGS = (
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
 
-# For photographs, in the published ImageNet order: augment settings.
+# Augment settings for photographs, in the published ImageNet order.
 PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
                    std=(0.229, 0.224, 0.225))
 
@@ -211,7 +211,7 @@ def default() -> Config:
 def changeable(settings: Mapping[str, Any]) -> frozenset[str]:
   """The settings that may change when a run with these `settings` (see `flatten`) is resumed."""
   keys = {setting.key for setting in SETTINGS if setting.changeable}
-  if settings['optimizer.schedule'] == 'cosine':  # its end is the end of the run
+  if settings['optimizer.schedule'] == 'cosine':  # its decay ends with the run
     keys -= {'epochs', 'steps'}
   return frozenset(keys)
 
@@ -223,7 +223,7 @@ def validate(config: Config) -> None:
     config: a `ConfigDict` with the keys of `default()`.
 
   Raises:
-    errors.UserError: naming the first setting out of range, its value, and what it must be.
+    errors.UserError: names the first invalid setting, its value, and the requirement.
   """
   found = flatten(config)
   for key in found.keys() - _BY_KEY.keys():
@@ -261,16 +261,17 @@ def _check(setting: Setting, value: Any) -> None:
 
 
 def fill(config: Config, num_rows: int) -> Config:
-  """A copy of `config` with the settings that are None derived from the number of images.
+  """A copy of `config` with its None settings derived from the number of images.
 
   Args:
     config: a valid `ConfigDict`.
     num_rows: N.
 
   Returns:
-    The copy: batch_size the largest power of two up to N and 256; epochs such that 40 million
-    images are seen, from 30 to 200; optimizer.learning_rate the published 0.03 for 256 images;
-    milestones at 60 and 80% of the epochs; knn.neighbors √N, at most 200.
+    The copy. batch_size is the largest power of two up to min(N, 256); epochs cover 40 million
+    images, but are at least 30 and at most 200; optimizer.learning_rate is the published 0.03 per
+    256 images of the batch; the milestones are at 60 and 80% of the epochs; knn.neighbors is √N, at
+    most 200.
   """
   config = config.copy_and_resolve_references()
   if config.batch_size is None:
@@ -288,16 +289,16 @@ def fill(config: Config, num_rows: int) -> Config:
 
 def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
                       num_devices: int) -> None:
-  """Checks what depends on the data set and the machine.
+  """Checks the settings that depend on the data set and the machine.
 
   Args:
     config: a valid `ConfigDict`, filled.
     num_rows: N.
     view_size: (height, width) of the views.
-    num_devices: in the mesh.
+    num_devices: number of devices in the mesh.
 
   Raises:
-    errors.UserError: naming the setting, its value, and what it must be.
+    errors.UserError: names the setting, its value, and the requirement.
   """
   if num_rows < 2:
     raise errors.UserError(
@@ -344,12 +345,12 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-  """`flatten`, with values that JSON can hold: what config.json keeps of a run."""
+  """`flatten`, with values that JSON can represent, as stored in config.json."""
   return {key: plain(value) for key, value in flatten(config).items()}
 
 
 def from_json(settings: Mapping[str, Any]) -> Config:
-  """The configuration that config.json keeps; settings that it lacks have their defaults."""
+  """The configuration stored in config.json; missing settings take their defaults."""
   config = default()
   config.update_from_flattened_dict({
       key: tuple(value) if isinstance(value, list) else value
@@ -358,7 +359,7 @@ def from_json(settings: Mapping[str, Any]) -> Config:
 
 
 def plain(value: Any) -> Any:
-  """A setting as JSON can hold it."""
+  """The value of a setting in a form that JSON can represent."""
   return list(value) if isinstance(value, tuple) else value
 
 

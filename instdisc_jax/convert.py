@@ -19,7 +19,7 @@ __all__ = ['from_torch', 'main', 'to_torch']
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command; returns its exit code."""
+  """Runs the command; returns its exit code."""
   def command():
     parser = cli.make_parser(
         'convert', __doc__, '--from=FILE --workdir=DIR | --workdir=DIR --to=FILE [--head]')

@@ -1,7 +1,7 @@
-"""Where an image is cropped, and the crop itself.
+"""Crops: the choice of the box, and the crop itself.
 
 Boxes are (top, left, height, width) in pixels. The host and the device draw the same random boxes:
-with NumPy arrays the work is NumPy's, else it is JAX's.
+NumPy arrays are processed with NumPy, others with JAX.
 """
 
 import math
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 import numpy as np
 
-ATTEMPTS = 10  # torchvision's; then the largest central crop of an allowed shape
-DRAWS = 2 * ATTEMPTS + 2  # random numbers that a crop needs
+ATTEMPTS = 10  # as in torchvision; then the largest central crop of an allowed shape
+DRAWS = 2 * ATTEMPTS + 2  # random numbers per crop
 
 
 def central_box(height: int, width: int, side: int) -> tuple[int, int, int, int]:
-  """The part of an image that evaluation looks at.
+  """The part of an image that evaluation uses.
 
-  The central square of 7/8 of the shorter side (224 of 256 pixels); an image that already has the
-  size of the view is taken as it is.
+  It is the central square of 7/8 of the shorter side (224 of 256 pixels); an image that already has
+  the size of the view is used in full.
   """
   if height == width == side:
     return 0, 0, side, side
@@ -42,7 +42,7 @@ def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: int, width: i
     crop_ratio: (smallest, largest) width over height of a crop.
 
   Returns:
-    [B, 4] int32 boxes, of the first attempt that fits.
+    [B, 4] int32 boxes, from the first attempt that fits.
   """
   xp: Any = np if isinstance(draws, np.ndarray) else jnp
   shape = draws[:, :2 * ATTEMPTS].reshape(-1, ATTEMPTS, 2)
@@ -75,7 +75,7 @@ def crop_and_resize(images: UInt8[Array, 'B H W 3'], box: Int[Array, 'B 4'],
     images: [B, H, W, 3] uint8.
     box: [B, 4] int32.
     size: (height, width) of the result.
-    dtype: of the result.
+    dtype: dtype of the result.
 
   Returns:
     [B, *size, 3] in [0, 1].

@@ -15,16 +15,16 @@ FILE = 'evaluations.jsonl'
 
 
 def evaluate(workdir: str, chosen: list[str], dataset: str | None) -> None:
-  """Runs protocols on a trained run; every process must call it.
+  """Evaluates a trained run; every process must call it.
 
   Args:
-    workdir: of the run.
-    chosen: protocols.
-    dataset: another data set than the run's own, or None.
+    workdir: the run's folder.
+    chosen: the names of the protocols.
+    dataset: a data set other than the run's own, or None.
 
   Raises:
-    errors.UserError: the run or the data are not as required.
-    errors.Stopped: a signal came.
+    errors.UserError: the run or the data are unsuitable.
+    errors.Stopped: stopped by a signal.
   """
   model, console = inference.load(workdir), rich_console.Console(highlight=False)
   file = model.workdir / FILE
@@ -49,7 +49,7 @@ def evaluate(workdir: str, chosen: list[str], dataset: str | None) -> None:
 
 
 def main(argv=None) -> int:
-  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
+  """Runs the command; returns its exit code: 0, 2 (user error), 1 (failed), 75 (stopped)."""
   def command():
     parser = cli.make_parser('evaluate', __doc__,
                              '--workdir=DIR --protocol=PROTOCOL[,PROTOCOL] [--dataset=NAME]',

@@ -36,17 +36,17 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
 
   Args:
     config: a `ConfigDict` with the keys of `config.default()`.
-    workdir: the run's folder or bucket; created if need be.
-    devices: to train on; by default all that JAX shows.
-    watch: a `preemption.Watch` that is entered; by default signals are left alone.
+    workdir: the run's folder or bucket; created if needed.
+    devices: the devices to train on; by default all that JAX sees.
+    watch: an entered `preemption.Watch`; by default signals are not handled.
 
   Returns:
-    What summary.json holds.
+    The content of summary.json.
 
   Raises:
-    errors.UserError: a setting, the data or the workdir is not as required.
+    errors.UserError: a setting, the data or the workdir is invalid.
     errors.RunError: the run failed.
-    errors.Stopped: a signal came; what was done is saved.
+    errors.Stopped: stopped by a signal; the progress is saved.
   """
   started = time.monotonic()
   watch, workdir = watch or preemption.Watch(), files.place(workdir)
@@ -100,7 +100,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
 
 def _prepare(config: config_lib.Config, workdir: files.Place,
              mesh: jax.sharding.Mesh) -> tuple[Setup, data.Dataset]:
-  """What the run is, and its data; raises `errors.UserError` if they do not fit together."""
+  """The run's setup and its data; raises `errors.UserError` if they do not fit together."""
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed, workdir)
   num_rows, config = len(dataset.train), config_lib.fill(config, len(dataset.train))

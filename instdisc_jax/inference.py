@@ -23,16 +23,16 @@ from instdisc_jax.training import state as state_lib
 
 
 def load(workdir: str | os.PathLike[str]) -> 'Model':
-  """Opens the newest intact checkpoint of a workdir; its bank is read when it is needed.
+  """Opens the newest intact checkpoint of a workdir; the bank is read on demand.
 
   Args:
-    workdir: of a run, or made by `convert`.
+    workdir: the folder of a run, or one made by `convert`.
 
   Returns:
     A `Model` on all devices.
 
   Raises:
-    errors.UserError: there is none.
+    errors.UserError: there is no intact checkpoint.
   """
   settings, _ = workdir_lib.read(workdir)
   return Model(workdir, config_lib.from_json(settings))
@@ -42,17 +42,17 @@ class Model:
   """An encoder and its memory bank.
 
   Args:
-    workdir: where they come from.
-    config: of the run.
+    workdir: the folder they come from.
+    config: the run's configuration.
 
   Attributes:
-    workdir: a path.
+    workdir: the folder, as a path.
     config: a `ConfigDict`.
-    step: of the checkpoint.
+    step: the checkpoint's step.
     encoder: a Linen module.
-    variables: its {'params', 'batch_stats'}.
+    variables: the encoder's {'params', 'batch_stats'}.
     mesh: all devices, of all processes.
-    engine: from images to features, on all of them.
+    engine: computes features of images, on all devices.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], config: config_lib.Config):
@@ -76,7 +76,7 @@ class Model:
 
   @property
   def has_bank(self) -> bool:
-    """Whether there is a bank; imported weights may come without one."""
+    """Whether there is a bank; imported weights may lack one."""
     return self._bank is not None
 
   @property
@@ -89,7 +89,7 @@ class Model:
 
   @property
   def dataset(self) -> data.Dataset:
-    """The data that the run was trained on; raises `errors.UserError` if they are gone."""
+    """The data that the run was trained on; raises `errors.UserError` if it is gone."""
     return self._dataset
 
   @functools.cached_property
@@ -120,11 +120,11 @@ class Model:
     """Embeddings, as the evaluation computes them.
 
     Args:
-      images: [B, H, W, 3] uint8, or one [H, W, 3], or a list of such images and of paths, of any
-        sizes if the run has an `augment.size`.
+      images: [B, H, W, 3] uint8, or one [H, W, 3], or a list of such images and paths, of any
+        size if the run has an `augment.size`.
 
     Returns:
-      [B, D] float32 unit-norm.
+      [B, D] float32, unit-norm.
 
     Raises:
       errors.UserError: wrong shape or type, or a file that cannot be read as an image.
@@ -149,10 +149,10 @@ class Model:
       first: the image to start with.
 
     Yields:
-      [n, D] float32 of the next n images.
+      [n, D] float32, for the next n images.
 
     Raises:
-      errors.UserError: see `embed`; it names the image.
+      errors.UserError: see `embed`; the message names the image.
     """
     for part in self.engine.run(self.variables, images, first=first):
       yield part[embedding.EMBEDDING]
@@ -163,7 +163,7 @@ class Model:
 
     Args:
       images: see `embed`.
-      k: how many, at most N.
+      k: number of rows, at most N.
 
     Returns:
       (similarity [B, k] float32, row [B, k] int32), most similar first.
@@ -183,7 +183,7 @@ class Model:
       images: see `embed`.
 
     Returns:
-      [B] int, class numbers; `class_names` has their names.
+      [B] int class indices; `class_names` holds the names.
 
     Raises:
       errors.UserError: see `neighbors`; or the data have no labels.
@@ -198,11 +198,11 @@ class Model:
   def rows_of(self, images: data.Images, sizes: Mapping[str, int]) -> Int[np.ndarray, ' n']:
     """The bank's row of each image of a folder that the run was trained on.
 
-    An image has one if the run knows its name and size, and it is in the run's own folder or equal,
-    byte for byte, to the image there.
+    An image has a row if the run knows its name and size, and if it is in the run's own folder or
+    identical, byte for byte, to the image there.
 
     Args:
-      images: of a folder.
+      images: the images of the folder.
       sizes: {path: size in bytes}.
 
     Returns:
@@ -231,7 +231,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-  """Images given as arrays and paths; read when they are needed."""
+  """Images given as arrays and paths; files are read on demand."""
   images: list
 
   def __len__(self):
@@ -248,7 +248,7 @@ class _Given:
 
 
 class _Named(images_lib.Images):
-  """Images named by how they were given, with no setting to change if one cannot be read."""
+  """Images named as the caller gave them; their errors suggest no setting to change."""
 
   def name(self, i):
     return '' if self.names is None else self.names[i]

@@ -1,4 +1,4 @@
-"""Products and norms that models, losses and kNN share."""
+"""Products and norms shared by models, losses and kNN."""
 
 import jax
 from jax import lax

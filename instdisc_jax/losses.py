@@ -6,14 +6,14 @@ It is known in closed form, so the pass over the bank that computes the loss com
 too, and nothing of size B x N is kept for a backward pass.
 
 Inside `jax.shard_map`, with `axis_name` and `num_rows` given, `features` and `index` are the
-device's part of the batch and `bank` its rows. Queries travel, the bank never does: every device
-gets all B queries and scores its own rows, and the partial results are summed back to the device
+device's part of the batch and `bank` its rows. Queries are exchanged, the bank never is: every
+device gets all B queries and scores its own rows, and the partial results are summed on the device
 that owns the query. Each step exchanges about 2 B (D + 2) values per device, whatever N is.
-`noise_index` is then that of the *global* batch, which every device draws alike (`bank.noise`).
-It is [B, M], or [M] where all images share one draw.
+`noise_index` is then that of the *global* batch, identical on every device (`bank.noise`). It is
+[B, M], or [M] if all images share one draw.
 
 Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype. (A bfloat16
-bank saves memory on GPU and TPU; XLA:CPU, which has no bfloat16 arithmetic, widens all of it.)
+bank saves memory on GPU and TPU; XLA:CPU, which has no bfloat16 arithmetic, widens the full bank.)
 """
 
 import functools
@@ -70,7 +70,7 @@ def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 
                            temperature: float, axis_name: str | None = None,
                            num_rows: int | None = None,
                            block_rows: int | None = None) -> Float[Array, 'N D']:
-  """The gradient of the parametric softmax (Eq. 1) in its class weights.
+  """The gradient of the parametric softmax (Eq. 1) with respect to its class weights.
 
   Its loss is `softmax_loss` with a learned weight vector w_j for every image in place of V_j:
 
@@ -87,7 +87,7 @@ def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 
     block_rows: rows scored at once, see `softmax_loss`.
 
   Returns:
-    [N, D], or its local rows; 0 in the padding.
+    [N, D], or the local rows; 0 in the padding.
   """
   queries, weights, index = _as_data(features, weights, index, axis_name)
   num_local = bank_lib.count_local_rows(weights, axis_name, num_rows)
@@ -257,7 +257,7 @@ def _as_data(features, bank, index, axis_name):
 
 
 def _with_gradient(loss, gradient, features):
-  """`loss` [B] with the derivative `gradient` in `features` [B, D]: the added term is zero."""
+  """`loss` [B] with derivative `gradient` with respect to `features` [B, D]: adds zero."""
   return loss + jnp.sum((features - lax.stop_gradient(features)) * gradient, axis=1)
 
 
@@ -272,8 +272,8 @@ def _stream(queries, rows, num_local, temperature, block_rows):
   """One pass over the local rows.
 
   Returns:
-    Per query the largest logit [B] (-inf with no rows), Σ exp(logit - largest) [B], and the rows'
-    sum under those weights [B, D].
+    Per query, the largest logit [B] (-inf without rows), Σ exp(logit - largest) [B], and the sum of
+    the rows with those weights [B, D].
   """
   block = _block_rows(queries, rows, block_rows)
 
@@ -302,7 +302,7 @@ def _block_rows(queries, rows, block_rows):
 
 
 def _block(rows, i, block):
-  """(start, rows, which rows are in no block before) of block i; the last is aligned to the end."""
+  """(start, rows, mask of rows in no earlier block) of block i; the last is aligned to the end."""
   start = jnp.minimum(i * block, rows.shape[0] - block)
   return (start, lax.dynamic_slice_in_dim(rows, start, block),
           start + jnp.arange(block) >= i * block)
@@ -319,7 +319,7 @@ def _combine(peak, total, weighted, axis_name):
 
 
 def _finite(peak):
-  """A device that holds only padding has the peak -inf: exp(-inf - 0) is 0, -inf + inf is not."""
+  """Replaces the peak -inf of a device with only padding: exp(-inf - 0) is 0, -inf + inf is NaN."""
   return jnp.where(jnp.isfinite(peak), peak, 0)
 
 
@@ -342,12 +342,12 @@ def _own(x, features, axis_name):
 
 
 def _scoring_all_rows_is_cheaper(bank, noise_index):
-  """A gather reads B·M rows, a matmul over the shard reads each of its rows once."""
+  """A gather reads B·M rows; a matmul over the shard reads each of its rows once."""
   return noise_index.size > bank.shape[0]
 
 
 def _noise_scores(queries, bank, noise_index, axis_name):
-  """Scores [B, M] of the noise rows, and which of them are valid: those that this device owns."""
+  """Scores [B, M] of the noise rows, and a mask of the valid ones: rows that this device owns."""
   local, owned = bank_lib.locate(bank, noise_index, axis_name)
   if noise_index.ndim == 1:
     score = score_rows(queries, bank[local])

@@ -7,7 +7,7 @@ from instdisc_jax.runtime import compilation, distributed, preemption
 
 
 def main(argv=None) -> int:
-  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
+  """Runs the command; returns its exit code: 0, 2 (user error), 1 (failed), 75 (stopped)."""
   def command():
     parser = cli.make_parser(
         'main', __doc__, '--config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]',

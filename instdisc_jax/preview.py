@@ -16,7 +16,7 @@ from instdisc_jax.runtime import errors, files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns its exit code: 0, or 2 for a user's mistake."""
+  """Runs the command; returns its exit code: 0, or 2 (user error)."""
   def command():
     args, overrides = _parser().parse_known_args(argv)
     output = pathlib.Path(args.output)

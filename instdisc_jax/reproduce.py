@@ -39,7 +39,7 @@ def reproduce(output: pathlib.Path, table: str, scale: str, seeds: int | None,
 
 
 def main(argv=None) -> int:
-  """The command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
+  """Runs the command; returns its exit code: 0, 2 (user error), 1 (failed), 75 (stopped)."""
   def command():
     parser = cli.make_parser('reproduce', __doc__,
                              '--table=TABLE --scale=SCALE [--output=DIR] [--seeds=N]')

@@ -16,7 +16,7 @@ _FLAGS = {'dataset.on_unreadable': '--on_unreadable', 'dataset.name': '--images'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns its exit code: 0, 2 (a user's mistake), 1 (failed), 75 (stopped)."""
+  """Runs the command; returns its exit code: 0, 2 (user error), 1 (failed), 75 (stopped)."""
   def command():
     args = _parser().parse_args(argv)
     if args.queries < 1:

@@ -1,7 +1,7 @@
 """Random numbers by key, the same on the device and on the host.
 
-Every random number of a run comes from (seed, stream, place or step, image index), never from the
-position of a device. `key` gives JAX's keys; `uniform` draws what `jax.random.uniform` would draw
+Every random number of a run depends on (seed, stream, place or step, image index), never on the
+position of a device. `key` returns JAX's keys; `uniform` draws what `jax.random.uniform` would draw
 from them, but on the host and without JAX: the host crops images in threads and worker processes
 that must not touch a device. Both are JAX's default generator, Threefry-2x32 (Salmon et al., SC
 2011).
@@ -26,7 +26,7 @@ def uniform(seed: int, folded: tuple, count: int) -> Float[np.ndarray, 'B count'
   Args:
     seed: below 2^32.
     folded: integers below 2^32, or [B] arrays of them, folded in one after the other.
-    count: how many numbers to draw for each key.
+    count: number of values to draw for each key.
 
   Returns:
     [B, count] float32 in [0, 1).

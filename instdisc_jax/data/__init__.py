@@ -1,4 +1,4 @@
-"""Data sets: images to train on and images to evaluate with, each in a stable order."""
+"""Data sets: images to train on and images to evaluate on, each in a stable order."""
 
 import dataclasses
 import os
@@ -17,14 +17,14 @@ __all__ = ['Dataset', 'Images', 'load']
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Images to train on, and images to evaluate with.
+  """Images to train on, and images to evaluate on.
 
   Attributes:
     name: as configured.
-    train: `Images`; position is index.
+    train: `Images`; the position of an image is its index.
     test: `Images`, or None.
     class_names: one per label value, or None.
-    listing: of a folder, for `folder.keep`; None for anything else.
+    listing: the listing of a folder, for `folder.keep`; None for other data.
   """
   name: str
   train: Images
@@ -44,14 +44,14 @@ def load(config: config_lib.Config, seed: int,
 
   Args:
     config: the `dataset` part of the configuration.
-    seed: of the run; chooses the subset if there is a limit.
-    workdir: of the run; a folder must still match the listing kept there.
+    seed: the run's seed; selects the subset if there is a limit.
+    workdir: the run's workdir; a folder must still match the listing kept there.
 
   Returns:
     A `Dataset`.
 
   Raises:
-    errors.UserError: no such data, or not in the required form.
+    errors.UserError: the data are missing or invalid.
   """
   kind, _, rest = config.name.partition(':')
   share = _share(config.validation)
@@ -87,7 +87,7 @@ def load(config: config_lib.Config, seed: int,
 
 
 def _share(text):
-  """'0.1' -> 0.1; None if it is not a share."""
+  """'0.1' -> 0.1; None if the text is not a share."""
   try:
     return float(text) if text is not None and 0 < float(text) < 1 else None
   except ValueError:

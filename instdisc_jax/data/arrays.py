@@ -16,7 +16,7 @@ def load(path: str | os.PathLike[str]) -> tuple[images_lib.Images, images_lib.Im
   """(training images, test images or None) of an .npz file.
 
   Raises:
-    errors.UserError: it is not such a file.
+    errors.UserError: the file is missing or invalid.
   """
   arrays = _read(path)
   if 'images' not in arrays:
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> tuple[images_lib.Images, images_lib.Im
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray | None) -> images_lib.Images:
-  """`Images` of an array [N, H, W, 3] uint8 with labels [N] or None."""
+  """`Images` from an array [N, H, W, 3] uint8, with labels [N] or None."""
   digest = f'{list(images.shape)} {hashlib.sha256(images.tobytes()).hexdigest()}'
   return images_lib.Images(images, None if labels is None else labels.astype(np.int32), digest,
                            shape=images.shape[1:])

@@ -7,8 +7,8 @@ resized as in PIL, bilinear with antialiasing, to within the error that
 
 Unusual files: gray, palette and CMYK images become RGB; transparent parts become white; 16-bit
 images keep their upper 8 bits; EXIF rotation is applied; the first frame of an animation is used.
-Rejected are truncated files, files that are not images, floating-point images and images of more
-than 89 million pixels.
+Truncated files, files that are not images, floating-point images and images of more than 89 million
+pixels are rejected.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit, where it only warns
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # PIL's own limit, beyond which it only warns
 _ORIENTATION = 0x0112  # EXIF
-_LEAST_BY_TAPS, _MOST_BY_TAPS = 1.1, 2.25  # between these scales, three taps do PIL's filter
-# What turns the stored image upright, by EXIF orientation.
+_LEAST_BY_TAPS, _MOST_BY_TAPS = 1.1, 2.25  # between these scales, three taps replace PIL's filter
+# Functions that turn the stored image upright, by EXIF orientation.
 _UPRIGHT = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -35,7 +35,7 @@ _UPRIGHT = {
     8: lambda x: np.rot90(x),
 }
 
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # refused, see above
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # rejected, see above
 
 
 class UnreadableError(Exception):
@@ -66,12 +66,12 @@ def size(data: Any) -> tuple[int, int]:
 
 
 def view(data: Any, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side side 3']:
-  """A part of an image, resized; decodes no more than it needs.
+  """A part of an image, resized; decodes no more than is needed.
 
   Args:
     data: the bytes of its file, or the image itself as an array.
     draw_box: (H, W) -> (top, left, height, width), in pixels.
-    side: of the view.
+    side: side of the view in pixels.
 
   Returns:
     [side, side, 3] uint8.
@@ -87,14 +87,14 @@ def view(data: Any, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side si
   while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
     shrink *= 2
   pixels = turn(_pixels(data, plain, shrink))
-  shrunk = round(height / pixels.shape[0])  # not every format can be decoded smaller
+  shrunk = round(height / pixels.shape[0])  # not every format can be decoded at reduced size
   if shrunk > 1:
-    box = tuple(x / shrunk for x in box)  # with fractions; the last pixels may be half outside
+    box = tuple(x / shrunk for x in box)  # now fractional; the last pixels may be half outside
   return _cut(pixels, box, side)
 
 
 def _open(data) -> tuple[tuple[int, int], Callable, bool]:
-  """(upright (H, W); what turns its pixels upright; whether it is a gray or color JPEG)."""
+  """(upright (H, W), function that turns pixels upright, whether it is a gray or color JPEG)."""
   import simplejpeg  # not needed for images in memory
 
   height = width = 0
@@ -108,7 +108,7 @@ def _open(data) -> tuple[tuple[int, int], Callable, bool]:
   if not plain or _has_exif(data):
     image = _pil(data)
     width, height = image.size
-    if image.format != 'PNG' or 'exif' in image.info:  # else PIL would decode it to look
+    if image.format != 'PNG' or 'exif' in image.info:  # for a PNG, PIL would decode it to find EXIF
       with contextlib.suppress(Exception):  # a broken EXIF segment says nothing about the image
         orientation = image.getexif().get(_ORIENTATION, 1)
   if height * width > MOST_PIXELS:
@@ -140,7 +140,7 @@ def _pil(data):
 
 
 def _pixels(data, plain, shrink):
-  """The stored pixels as [H, W, 3] uint8, 1 / `shrink` of the size where the format allows."""
+  """The stored pixels as [H, W, 3] uint8, at 1 / `shrink` of the size if the format allows it."""
   if plain:
     import simplejpeg  # as above
     header: Any = simplejpeg.decode_jpeg_header(data)
@@ -177,7 +177,7 @@ def _upper_byte(gray):
 def _cut(pixels, box, side):
   """The box, in pixels, resized to [side, side, 3].
 
-  If that shrinks by a factor s up to `_MOST_BY_TAPS`, and the box has no fractions of pixels, PIL's
+  If that shrinks by a factor s of at most `_MOST_BY_TAPS` and the box is aligned to pixels, PIL's
   triangle filter of half-width s is replaced by three taps and bilinear interpolation, which
   together have the same variance, s² / 6.
   """

@@ -1,8 +1,8 @@
 """The embedded data set: scikit-learn's real handwritten digits, scattered on a larger canvas.
 
-Each 8x8 digit is drawn once, at a random size and position, on 32x32 pixels, so that two images of
-the same digit rarely share pixels and raw pixels are a poor metric. The drawings are fixed: they do
-not depend on a run's seed.
+Each 8x8 digit is drawn once, at a random size and position, on a 32x32 canvas, so that two images
+of the same digit rarely share pixels and raw pixels are a poor metric. The drawings are fixed: they
+do not depend on a run's seed.
 """
 
 from typing import Any, TypeAlias
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 from sklearn import datasets
 
-NUM_TRAIN = 1297  # the first ones; the last 500 originals, by other writers, are the test set
+NUM_TRAIN = 1297  # the first originals; the last 500, by other writers, are the test set
 _CANVAS = 32
-_SIZES = (14, 29)  # drawn heights, half-open
+_SIZES = (14, 29)  # range of drawn heights, half-open
 _Labelled: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 def load() -> tuple[_Labelled, _Labelled]:
-  """Returns ((images [1297, 32, 32, 3] uint8, labels [1297]), the same of the 500 test images)."""
+  """Returns ((images [1297, 32, 32, 3] uint8, labels [1297]), the same for the 500 test images)."""
   digits: Any = datasets.load_digits()
   random = np.random.RandomState(0)
   images = np.zeros((len(digits.images), _CANVAS, _CANVAS, 3), np.uint8)

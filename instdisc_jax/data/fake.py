@@ -11,7 +11,7 @@ SIDE = 224
 
 @dataclasses.dataclass(frozen=True)
 class _Noise:
-  """files[i] is image i, drawn when it is read."""
+  """files[i] is image i, generated when it is read."""
   count: int
 
   def __len__(self):

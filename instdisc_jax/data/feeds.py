@@ -1,14 +1,14 @@
-"""Where the batches of a run come from.
+"""The sources of a run's batches.
 
     Resident    a small set, kept on every device: nothing is read during training
     Stream      read, decoded and cropped on the host while the devices train
-    Fake        one batch of noise made on the devices, for benchmarks
+    Fake        one batch of noise generated on the devices, for benchmarks
 
 A feed's batch is a function of (seed, step) alone: the chain of `order.py`, and the crops of
 `views.py`. So any number of processes and workers yields the same batches, and a run can resume at
-any step without any saved iterator state. Inside the mapped step, `take` picks a batch out of what
-`at` has put on the devices; a batch holds 'index', and either 'image' or, if the host has cropped
-them already, 'view'.
+any step without any saved iterator state. Inside the mapped step, `take` picks a batch from what
+`at` has placed on the devices; a batch holds 'index', and either 'image' or, if the host has
+already cropped the images, 'view'.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +42,8 @@ def choose_path(config: config_lib.Config, images: images_lib.Images, before: st
 
   Args:
     config: the run's configuration.
-    images: to train on.
-    before: what the run was started with, or None.
+    images: the images to train on.
+    before: the path that the run was started with, or None.
     mesh: the device mesh.
   """
   if before is not None:
@@ -59,9 +59,9 @@ def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.shardin
 
   Args:
     config: the run's configuration; `dataset.path` is 'resident' or 'stream'.
-    images: to train on; in memory for a resident run.
+    images: the images to train on; in memory for a resident run.
     mesh: the device mesh.
-    last_step: of the run; nothing is read past it.
+    last_step: last step of the run; nothing is read beyond it.
   """
   if config.dataset.path == 'resident':
     per_dispatch = config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
@@ -79,13 +79,13 @@ class Resident:
   Args:
     images: `Images` in memory.
     mesh: the device mesh.
-    seed: of the run.
+    seed: the run's seed.
     batch_size: B.
-    per_dispatch: S, batches given at once.
+    per_dispatch: S, batches per dispatch.
 
   Attributes:
     per_dispatch: S.
-    specs: how what `at` returns is sharded.
+    specs: the partition specs of the arrays that `at` returns.
   """
   specs = P(), P(None, mesh_lib.AXIS)
 
@@ -115,19 +115,19 @@ class Resident:
 
 
 class Stream:
-  """Feeds the loop with batches made by the host.
+  """Feeds the loop with batches prepared by the host.
 
   Args:
     images: `Images`.
     mesh: the device mesh.
     crop: the crops.
     batch_size: B.
-    last_step: of the run; nothing is read past it.
-    workers: processes; 0 for threads of this one.
+    last_step: last step of the run; nothing is read beyond it.
+    workers: worker processes; 0 for threads of this process.
 
   Attributes:
     per_dispatch: 1.
-    specs: how what `at` returns is sharded.
+    specs: the partition specs of the arrays that `at` returns.
   """
   per_dispatch = 1
   specs = P(mesh_lib.AXIS), P(None, mesh_lib.AXIS)
@@ -177,7 +177,7 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
     images: `Images`.
     crop: the crops.
     batch_size: B.
-    slots: [b] which of the B places belong to this process.
+    slots: [b] places in the batch that belong to this process.
 
   Returns:
     (views [b, side, side, 3] uint8, index [b] int32).
@@ -191,18 +191,18 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
 
 
 class Fake:
-  """Feeds the loop with one batch of noise made on the devices, and the indices of the chain.
+  """Feeds the loop with one batch of noise generated on the devices, and the indices of the chain.
 
   Args:
     num_rows: N.
     mesh: the device mesh.
-    seed: of the run.
+    seed: the run's seed.
     batch_size: B.
-    side: of the views.
+    side: side of the views.
 
   Attributes:
     per_dispatch: 1.
-    specs: how what `at` returns is sharded.
+    specs: the partition specs of the arrays that `at` returns.
   """
   per_dispatch = 1
   specs = Stream.specs
@@ -226,7 +226,7 @@ class Fake:
 
 
 def num_workers(configured: int | None) -> int:
-  """Worker processes: as configured, or by default one for each CPU but two."""
+  """Worker processes: as configured, or by default one per CPU but two, at most 16."""
   if configured is not None:
     return configured
   return max(0, min(16, len(os.sched_getaffinity(0)) - 2))
@@ -234,19 +234,19 @@ def num_workers(configured: int | None) -> int:
 
 def in_background(load: Callable[[int], Any], first: int, last: int,
                   workers: int) -> Iterator[Any]:
-  """Runs a function ahead of whoever consumes its results.
+  """Runs a function ahead of the consumer of its results.
 
   Args:
     load: picklable; called with first, first + 1, ..., last - 1.
-    first: an integer.
-    last: likewise, exclusive.
-    workers: processes; 0 for threads of this one.
+    first: the first argument.
+    last: the end of the arguments, exclusive.
+    workers: worker processes; 0 for threads of this process.
 
   Yields:
     The results in order.
 
   Raises:
-    errors.UserError: whatever `load` raised.
+    errors.UserError: raised by `load`.
   """
   import cv2  # slow to import, and not needed if everything is resident
   import grain
@@ -259,7 +259,7 @@ def in_background(load: Callable[[int], Any], first: int, last: int,
     dataset = dataset.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD),
         worker_init_fn=_prepare_worker)
-  cv2.setNumThreads(1)  # images are decoded side by side, each by one thread
+  cv2.setNumThreads(1)  # images are decoded in parallel, each by a single thread
   results = iter(dataset)
   try:
     for result in results:
@@ -272,7 +272,7 @@ def in_background(load: Callable[[int], Any], first: int, last: int,
 
 @dataclasses.dataclass(frozen=True)
 class _Guarded:
-  """Returns a user's mistake instead of raising it, so that it comes out of a worker as it is."""
+  """Returns a `UserError` instead of raising it, so that it leaves a worker unchanged."""
   load: Callable[[int], Any]
 
   def __call__(self, number: int) -> Any:
@@ -285,7 +285,7 @@ class _Guarded:
 def _prepare_worker(worker, num_workers):
   import cv2
 
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run itself decides what Ctrl-C ends
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
   cv2.setNumThreads(1)
 
 

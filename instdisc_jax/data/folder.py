@@ -1,6 +1,6 @@
 """A folder of images, of any sizes and formats, with or without classes.
 
-An image's class is its first sub-folder; if any image is at the root, the set is unlabelled, unless
+An image's class is its first subfolder; if any image is at the root, the set is unlabeled, unless
 there is a `labels.csv` at the root with a line `path,label` for each image. The index of an image
 is its place in the sorted list of paths. That list, with file sizes, is kept in the workdir, and a
 folder that no longer matches it is an error: a row of the bank would correspond to another image.
@@ -30,7 +30,7 @@ _SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """files[i] is the content of the i-th file, bytes."""
+  """files[i] is the content of the i-th file, as bytes."""
   root: str
   paths: list[str]
 
@@ -42,7 +42,7 @@ class Files:
       return file.read()
 
   def stamp(self) -> str:
-    """A digest of where the files are and of when each was last changed."""
+    """A digest of the files' location and modification times."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
     for name in self.paths:
       path = os.path.join(self.root, name)
@@ -57,17 +57,17 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
 
   Args:
     path: the folder.
-    on_unreadable: 'error': a file that cannot be decoded ends the run when it is reached; 'skip':
-      all are decoded once beforehand, and such files are left out.
-    workdir: where the listing of an earlier run may be, or None.
+    on_unreadable: with 'error', a file that cannot be decoded ends the run when it is reached; with
+      'skip', all files are decoded once beforehand, and unreadable ones are left out.
+    workdir: a folder that may hold the listing of an earlier run, or None.
     setting: the setting or argument that names the folder.
 
   Returns:
     (`Images`, class names or None, listing): the listing is what `keep` writes.
 
   Raises:
-    errors.UserError: no folder, no images, a wrong labels.csv, or a folder that has changed since
-      the workdir was started.
+    errors.UserError: the folder is missing, has no images or an invalid labels.csv, or has changed
+      since the workdir was created.
   """
   remedy = f'set <{setting}>' + ('=folder:PATH' if setting == 'dataset.name' else '')
   root = os.path.abspath(os.path.expanduser(path))
@@ -109,8 +109,8 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
 def scan(root: str) -> dict[str, int]:
   """{path below the root, with '/': size in bytes} of all images; links are followed.
 
-  Every folder is visited once: through a link only if it is not below the root itself, so loops end
-  and no image has two indices. A dangling link has the size -1.
+  Every folder is visited once: through a link only if it is not below the root itself, so loops
+  terminate and no image has two indices. A dangling link has the size -1.
   """
   found, seen, folders, links = {}, set(), [''], []
   with metrics.progress_bar('scanning') as progress:
@@ -138,11 +138,11 @@ def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
   """The listing kept in a workdir, or None.
 
   Returns:
-    {'files': {path: size in bytes}, 'unreadable': {path: why}, 'rows': [path]}, the last being the
-    images of the rows of the bank.
+    {'files': {path: size in bytes}, 'unreadable': {path: reason}, 'rows': [path]}, where 'rows'
+    are the images of the bank's rows, in order.
 
   Raises:
-    errors.UserError: it is broken.
+    errors.UserError: it cannot be read or is invalid.
   """
   file = files.place(workdir) / LISTING
   try:
@@ -165,7 +165,7 @@ def keep(listing: dict[str, Any], rows: Sequence[str],
   Args:
     listing: as `load` returns it.
     rows: the paths of the training images, in order.
-    workdir: of the run.
+    workdir: the run's workdir.
   """
   file = files.place(workdir) / LISTING
   if file.exists():
@@ -178,10 +178,10 @@ def keep(listing: dict[str, Any], rows: Sequence[str],
 
 def rows_of(listing: Mapping[str, Any], names: Sequence[str],
             sizes: Mapping[str, int]) -> Int[np.ndarray, ' n']:
-  """The rows that a run's bank has for images: [n] int32, -1 where it has none.
+  """The bank row of each image in a run: [n] int32, -1 for an image without one.
 
   Args:
-    listing: of the run, see `read`.
+    listing: the run's listing, see `read`.
     names: [n] paths.
     sizes: {path: size in bytes}; a file of another size is another image.
   """
@@ -205,7 +205,7 @@ def _check_unchanged(root, found, listing, workdir):
 
 
 def _find_unreadable(root, names):
-  """{path: why} of the files that cannot be decoded."""
+  """{path: reason} for the files that cannot be decoded."""
   files = Files(root, names)
 
   def fault(i):

@@ -27,9 +27,9 @@ class Images:
   Attributes:
     files: files[i] is image i: uint8 [H, W, 3], or the bytes of its file.
     labels: [N] int32, or None.
-    fingerprint: of the source; a bank is only ever used with the data it was trained on.
-    names: what image i is called, e.g. its path; or None.
-    shape: (H, W, 3) if all are known to have one size, else None.
+    fingerprint: identifies the source; a bank is only used with the data it was trained on.
+    names: the name of each image, e.g. its path; or None.
+    shape: (H, W, 3) if all are known to have the same size, else None.
   """
   files: Any
   labels: Int[np.ndarray, ' N'] | None
@@ -41,11 +41,11 @@ class Images:
     return len(self.files)
 
   def identity(self) -> str:
-    """The fingerprint; for files on disk, also where they are and when they were last changed."""
+    """The fingerprint; for files on disk, also their location and modification times."""
     return self.fingerprint + (f' {self.files.stamp()}' if hasattr(self.files, 'stamp') else '')
 
   def name(self, i: int) -> str:
-    """What to call image i in a message."""
+    """The name of image i in messages."""
     return f'image {i} (counted from 0)' if self.names is None else f"'{self.names[i]}'"
 
   def full(self, i: int) -> UInt8[np.ndarray, 'H W 3']:
@@ -74,7 +74,7 @@ class Images:
 
     Raises:
       UnreadableImage: see `full`.
-      errors.UserError: they have several sizes.
+      errors.UserError: the images differ in size.
     """
     if isinstance(self.files, np.ndarray):
       return self
@@ -92,7 +92,7 @@ class Images:
     return dataclasses.replace(self, files=images, shape=images.shape[1:])
 
   def subset(self, chosen: Int[np.ndarray, ' n'], why: str) -> 'Images':
-    """The images at the positions `chosen`, in that order; `why` joins the fingerprint."""
+    """The images at the positions `chosen`, in that order; `why` is added to the fingerprint."""
     return dataclasses.replace(
         self,
         files=self.files[chosen] if isinstance(self.files, np.ndarray) else _At(self.files, chosen),
@@ -101,9 +101,9 @@ class Images:
         fingerprint=f'{self.fingerprint}/{why}')
 
   def split(self, share: float) -> tuple['Images', 'Images']:
-    """(training images, held-out images): held out are those with the lowest hashes of their names.
+    """(training images, held-out images); the latter have the lowest hashes of their names.
 
-    The choice does not depend on the seed, and hardly on images that are added later.
+    The choice does not depend on the seed, and barely changes when images are added later.
     """
     name = (lambda i: str(i)) if self.names is None else self.names.__getitem__
     hashes = [hashlib.sha256(name(i).encode('utf8', 'surrogateescape')).digest()

@@ -1,8 +1,8 @@
-"""Which image comes when.
+"""The order of the images.
 
 The order is an endless chain of seeded permutations of 0..N-1, cut into batches of B. No batch is
-short; one may straddle two epochs. The image at a place in the chain is a function of (seed, place)
-alone: there is no iterator to save, and any process may ask for any step.
+short; a batch may straddle two epochs. The image at a place in the chain is a function of (seed,
+place) alone: there is no iterator to save, and any process can compute any step.
 """
 
 import functools
@@ -15,7 +15,7 @@ def batch_index(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.
   """Image indices of the batch at `step`.
 
   Args:
-    seed: of the run.
+    seed: the run's seed.
     step: t >= 0.
     batch_size: B >= 1.
     num_rows: N >= 1.

@@ -19,7 +19,7 @@ from PIL import Image
 from instdisc_jax.data import images
 from instdisc_jax.runtime import distributed, errors, metrics
 
-KEPT_BYTES = 2**30  # a split no larger is kept in memory, encoded
+KEPT_BYTES = 2**30  # splits up to this size are kept in memory, encoded
 
 
 def load(name: str, data_dir: str | None, held_out: str | None = None
@@ -28,11 +28,11 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
 
   Args:
     name: its name in TFDS, e.g. 'cifar10'.
-    data_dir: where prepared data is or goes; None for TFDS's own default.
-    held_out: the split to evaluate with; by default 'test', else 'validation', else none.
+    data_dir: where prepared data is stored; None for TFDS's own default.
+    held_out: the split to evaluate on; by default 'test', else 'validation', else none.
 
   Returns:
-    (train, held_out, class_names): `Images`, the held-out ones or None, and names or None.
+    (train, held_out, class_names): `Images`, `Images` or None, and the names or None.
 
   Raises:
     errors.UserError: the set is unknown, cannot be prepared, or has no images.
@@ -52,7 +52,7 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
   if not distributed.everywhere(prepared):
     distributed.first_only(lambda: prepared or prepare(builder))
     builder = tfds.builder(name, data_dir=where, file_format='array_record')
-    if not builder.info.splits:  # the first process has prepared it on a disk of its own
+    if not builder.info.splits:  # the first process prepared it on its own disk
       raise errors.UserError(
           f"tfds:{name} is not prepared under '{where}' on the machine of process "
           f'{jax.process_index()}', setting='dataset.data_dir',
@@ -80,8 +80,8 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
 def prepare(builder: Any) -> None:
   """Downloads a data set and writes it as ArrayRecord.
 
-  TFDS asks TensorFlow to encode images that its builders provide as arrays; PIL images it encodes
-  with PIL (losslessly, as PNG, unless the builder says JPEG).
+  TFDS uses TensorFlow to encode images that a builder provides as arrays, but PIL to encode PIL
+  images (losslessly, as PNG, unless the builder specifies JPEG); so arrays become PIL images first.
 
   Args:
     builder: a TFDS builder made with `file_format='array_record'`.
@@ -100,7 +100,7 @@ def prepare(builder: Any) -> None:
       feature.encode_example = encode  # pyright: ignore[reportAttributeAccessIssue]
   try:
     builder.download_and_prepare(file_format='array_record')
-  except Exception as e:  # of any of the network and file libraries below TFDS
+  except Exception as e:  # from any of the network and file libraries that TFDS uses
     raise errors.UserError(
         f"tfds:{builder.name} is not prepared under '{builder._data_dir_root}', and preparing it "
         f'failed ({_first_line(e)})', setting='dataset.data_dir',
@@ -118,7 +118,7 @@ def _encode_with_pil(encode_example):
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """files[i] is the encoded image of the i-th record, bytes."""
+  """files[i] is the encoded image of the i-th record, as bytes."""
   source: Any
 
   def __len__(self):
@@ -151,16 +151,16 @@ def _open(builder, split):
 
 
 def _labels(source, folder, fingerprint, progress):
-  """[N] int32; every record must be read for them, so they are kept beside it where possible."""
+  """[N] int32; they require reading every record, so they are saved beside the data if possible."""
   file = folder / f'labels-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy'
   labels = None
   with contextlib.suppress(OSError, ValueError):
     labels = np.load(file, allow_pickle=False)
     if labels.shape != (len(source),) or labels.dtype != np.int32:
       labels = None
-  if distributed.everywhere(labels is not None):  # each machine may have a disk of its own
+  if distributed.everywhere(labels is not None):  # each machine may have its own disk
     return labels
-  mine = range(jax.process_index(), len(source), jax.process_count())  # each process does its part
+  mine = range(jax.process_index(), len(source), jax.process_count())  # each process reads its part
   labels = distributed.interleave(
       np.array([source[i]['label'] for i in progress.track(mine)], np.int32), len(source))
   with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
-"""Which view of an image is seen: the one law of crops and colors.
+"""The views of an image: the single definition of crops and colors.
 
-    training      image i at place p of the chain of images has a random view, drawn from the key
-                  (seed, p, i); the host may crop it, the device does everything else
+    training      image i at place p in the chain of images gets a random view, drawn with the key
+                  (seed, p, i); the host may crop it, the device does the rest
     evaluation    the central view
 
-The training step, the reading host, `preview`, fine-tuning and evaluation all come here.
+The training step, the host's readers, `preview`, fine-tuning and evaluation all use this module.
 """
 
 from concurrent import futures
@@ -35,7 +35,7 @@ def size(config: config_lib.Config, image_shape: tuple[int, ...] | None) -> tupl
 
 
 def key(seed: int, place: UInt[Array, ' B'], index: Int[Array, ' B']) -> Key[Array, ' B']:
-  """The key of each image's view: that of image `index` at `place` in the chain of images."""
+  """The key of each image's view: image `index` at `place` in the chain of images."""
   fold = jax.vmap(jax.random.fold_in, (None, 0))(threefry.key(seed, threefry.AUGMENT), place)
   return jax.vmap(jax.random.fold_in)(fold, index)
 
@@ -48,8 +48,8 @@ def draw(config: config_lib.Config, key: Key[Array, ' B'], images: UInt8[Array, 
     config: the run's configuration.
     key: [B], see `key`.
     images: [B, H, W, 3] uint8.
-    cropped: whether the host has cropped them already, see `Crop`.
-    dtype: of the result.
+    cropped: whether the host has already cropped them, see `Crop`.
+    dtype: dtype of the result.
 
   Returns:
     [B, *size, 3].
@@ -60,11 +60,11 @@ def draw(config: config_lib.Config, key: Key[Array, ' B'], images: UInt8[Array, 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-  """The part of a random view that the host can do: the same crop that `draw` would make.
+  """The part of a random view that the host can compute: the same crop as in `draw`.
 
   Attributes:
-    seed: of the run.
-    side: of the views in pixels.
+    seed: the run's seed.
+    side: side of the views in pixels.
     scale: see `crops.draw_crop`.
     ratio: likewise.
   """
@@ -75,7 +75,7 @@ class Crop:
 
   @classmethod
   def of(cls, config: config_lib.Config, image_shape: tuple[int, ...] | None) -> 'Crop':
-    """For a run whose views are square."""
+    """The crops of a run whose views are square."""
     return cls(config.seed, size(config, image_shape)[0], tuple(config.augment.crop_scale),
                tuple(config.augment.crop_ratio))
 
@@ -93,7 +93,7 @@ class Crop:
 
 def central(config: config_lib.Config, images: UInt8[Array, 'B H W 3'],
             size: tuple[int, int] | None) -> Float[Array, 'B h w 3']:
-  """What the encoder sees of each image in evaluation, on the device.
+  """The view of each image that the encoder sees in evaluation, on the device.
 
   Args:
     config: the run's configuration.
@@ -113,12 +113,12 @@ def central(config: config_lib.Config, images: UInt8[Array, 'B H W 3'],
 
 def read(images: images_lib.Images, rows: Int[np.ndarray, ' n'],
          side: int | None) -> UInt8[np.ndarray, 'n H W 3']:
-  """Some images as arrays: those in memory as they are, of those in files the central views.
+  """Some images as one array: in full if they are in memory, central views if they are in files.
 
   Args:
     images: `Images`.
-    rows: [n] which of them.
-    side: of the central views; None for files that are images of one size.
+    rows: [n] indices of the images to read.
+    side: side of the central views; None for full images from files, all of one size.
 
   Raises:
     errors.UserError: an image cannot be read.

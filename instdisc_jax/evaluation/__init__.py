@@ -1,1 +1,1 @@
-"""How good the features are."""
+"""Evaluation of the features."""

@@ -1,4 +1,4 @@
-"""What training sees: some images, with random views of each."""
+"""A contact sheet of training views: some images, with random views of each."""
 
 import copy
 
@@ -15,14 +15,15 @@ _GAP = 4  # pixels between views; twice that after the first column
 
 
 def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H W 3']:
-  """The sheet.
+  """Draws the contact sheet.
 
   Args:
-    images: of any sizes, in files.
-    config: whose `augment` settings and seed are used.
+    images: images in files, of any size.
+    config: the configuration whose `augment` settings and seed are used.
 
   Returns:
-    A row for each of up to 8 images, evenly spread: the image as evaluation sees it, then 8 views.
+    [H, W, 3]: a row for each of up to 8 images, evenly spread: the image as evaluation sees it,
+    then 8 views.
 
   Raises:
     UnreadableImage: see `Images`.
@@ -42,7 +43,7 @@ def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H
 
 
 def _draw_views(images, chosen, config) -> UInt8[np.ndarray, 'n views side side 3']:
-  """The views that training would draw of each image first, at 8 places of the chain of images."""
+  """Views of each image as training draws them at the first 8 places of the chain of images."""
   index, place = np.repeat(chosen, _VIEWS), np.tile(np.arange(_VIEWS), len(chosen))
   cropped = views.Crop.of(config, None)(images, place, index)
   shown = copy.deepcopy(config)  # colors as they are, not normalized

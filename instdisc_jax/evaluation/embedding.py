@@ -1,8 +1,8 @@
 """From images to features, without augmentation, on all devices and in all processes.
 
-The one engine behind the evaluation of a run, `evaluate`, `embed`, `retrieve` and `load()`. Images
-are read and decoded, ahead of the encoder, by the process whose devices take them; each device
-encodes its part of a chunk; every process gets the results, in order.
+The single engine behind the evaluation of a run, `evaluate`, `embed`, `retrieve` and `load()`.
+Images are read and decoded, ahead of the encoder, by the process whose devices encode them; each
+device encodes its part of a chunk; every process gets the results, in order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,10 @@ from instdisc_jax.runtime import mesh as mesh_lib
 
 STAGES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'pooled')
 EMBEDDING = 'embedding'
-_CHUNK = 256  # most images per device and call,
-_CHUNK_PIXELS = 2**22  # and most pixels
-_STAGE_VALUES = 9600  # most values of a stage, which is average-pooled (Zhang et al., 2016)
-_FEW_CHUNKS = 16  # worker processes take seconds to start: threads do for no more than these
+_CHUNK = 256  # maximum number of images per device and call,
+_CHUNK_PIXELS = 2**22  # and of pixels
+_STAGE_VALUES = 9600  # maximum values per stage, after average pooling (Zhang et al., 2016)
+_FEW_CHUNKS = 16  # up to these, threads: worker processes take seconds to start
 
 
 class Engine:
@@ -40,7 +40,7 @@ class Engine:
     encoder: a Linen module.
     mesh: the device mesh, over all processes.
     size: (height, width) that the encoder sees; by default `augment.size`, or the images' own.
-    check: called between chunks, in every process; what it raises ends the work.
+    check: called between chunks, in every process; an exception that it raises ends the work.
   """
 
   def __init__(self, config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mesh,
@@ -55,7 +55,7 @@ class Engine:
     """Features of many images; every process must call it with the same arguments.
 
     Args:
-      variables: of the encoder, {'params', 'batch_stats'}.
+      variables: the encoder's {'params', 'batch_stats'}.
       images: N images.
       names: which features: `EMBEDDING` or any of `STAGES`; stages that the encoder lacks are
         left out.
@@ -65,8 +65,8 @@ class Engine:
       {name: [n, F] float32} for the next n images, in order.
 
     Raises:
-      errors.UserError: an image cannot be read, or has another size than the others although the
-        run does not crop images to one size.
+      errors.UserError: an image cannot be read, or differs in size from the others when the run
+        does not crop images to one size.
     """
     program, previous = self._programs(tuple(names)), None
     for count, chunk in self._chunks(images, first):
@@ -85,7 +85,7 @@ class Engine:
     return np.concatenate([part[EMBEDDING] for part in self.run(variables, images)])
 
   def views(self, images: Images, side: int) -> UInt8[np.ndarray, 'N side side 3']:
-    """The central views of all images, at any size, on every process."""
+    """The central views of all images, at the given size, on every process."""
     return np.concatenate([distributed.gather(chunk)[:count]
                            for count, chunk in self._chunks(images, 0, side)])
 
@@ -97,7 +97,7 @@ class Engine:
     height, width = (side, side) if side is not None else _first_shape(images)
     most = min(_CHUNK, max(1, _CHUNK_PIXELS // (height * width)))
     wanted = math.ceil((len(images) - first) / self._mesh.size)
-    total = min(most, 1 << (wanted - 1).bit_length()) * self._mesh.size  # few sizes are compiled
+    total = min(most, 1 << (wanted - 1).bit_length()) * self._mesh.size  # few sizes to compile
     slots = mesh_lib.local_slots(self._mesh, total)
     load = functools.partial(load_views, images=images, first=first, total=total, slots=slots,
                              side=side, shape=(height, width, 3))
@@ -143,16 +143,16 @@ def load_views(chunk: int, *, images: Images, first: int, total: int, slots: np.
   """This process's part of a chunk; for threads and worker processes.
 
   Args:
-    chunk: its number.
+    chunk: the number of the chunk.
     images: N images.
-    first: the image that the first chunk begins with.
-    total: images of a chunk, over all processes.
-    slots: [b] which of them belong to this process.
-    side: of the central views; None for images as they are, of the given shape.
+    first: the image that the first chunk starts with.
+    total: images per chunk, over all processes.
+    slots: [b] places in the chunk that belong to this process.
+    side: side of the central views; None for full images, of the given shape.
     shape: (H, W, 3).
 
   Returns:
-    [b, H, W, 3].
+    [b, H, W, 3] uint8.
 
   Raises:
     errors.UserError: an image cannot be read, or has another shape.
@@ -178,7 +178,7 @@ def _first_shape(images):
 
 
 def _fetch(count, features):
-  """The values of a chunk's images on this host."""
+  """The features of a chunk's images, on this host."""
   return {name: distributed.gather(value)[:count] for name, value in features.items()}
 
 

@@ -13,8 +13,8 @@ from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import preemption
 from instdisc_jax.training.state import Setup, TrainState
 
-_PIXEL_SIDE = 32  # of images in files, for the kNN of raw pixels
-_MOST_PIXEL_ROWS = 200_000  # which take 12 KiB each
+_PIXEL_SIDE = 32  # side of the views of images in files, for kNN with raw pixels
+_MOST_PIXEL_ROWS = 200_000  # at 12 KiB each
 
 
 class Evaluator:
@@ -24,14 +24,14 @@ class Evaluator:
   out. Without labels there is no accuracy, only neighbors.
 
   Args:
-    setup: what the run is.
-    dataset: its data, in memory if the run is resident.
-    watch: for signals, asked between the calls of the encoder.
+    setup: the fixed parts of the run.
+    dataset: the run's data, in memory if the run is resident.
+    watch: checked for signals between encoder calls.
 
   Attributes:
     queries: the query images.
     has_labels: whether accuracy can be measured.
-    side: of the views, in pixels.
+    side: side of the views, in pixels.
   """
 
   def __init__(self, setup: Setup, dataset: data.Dataset, watch: preemption.Watch):
@@ -61,7 +61,7 @@ class Evaluator:
     return self._top1(*self._search(self.embed(state, self.queries), state.bank))
 
   def recomputed(self, state: TrainState) -> tuple[float | None, Int[np.ndarray, 'Q K']]:
-    """Against fresh features of all training images: (top-1 or None, neighbors [Q, K])."""
+    """kNN against fresh features of all training images: (top-1 or None, neighbors [Q, K])."""
     rows = self.embed(state, self._train)
     queries = rows if self._own_row is not None else self.embed(state, self.queries)
     found = self._search(queries, mesh_lib.shard_rows(rows, self._setup.mesh))
@@ -70,7 +70,7 @@ class Evaluator:
   def pixels(self) -> float | None:
     """kNN top-1 with mean-centered raw pixels as features; None without labels.
 
-    For images in files these are the pixels of views of 32 x 32; None if there are very many.
+    Images in files are reduced to 32 x 32 views; None if there are too many of them.
     """
     if not self.has_labels or (not isinstance(self._train.files, np.ndarray)
                                and len(self._train) > _MOST_PIXEL_ROWS):

@@ -22,17 +22,17 @@ def collect(engine: embedding.Engine, variables: dict[str, Any], digest: str, im
   """The features of all images; every process must call it.
 
   Args:
-    engine: what computes them.
-    variables: of the encoder.
-    digest: of the variables.
+    engine: the engine that computes them.
+    variables: the encoder's variables.
+    digest: the digest of the variables.
     images: `Images`.
-    folder: where they are kept, below a name for weights and images; those of other weights are
-      removed from there.
-    names: which features are wanted.
+    folder: where they are stored, in a subfolder named after the weights and images; features of
+      other weights are removed.
+    names: the features wanted.
 
   Returns:
-    On the first process {name: [n, F] float32, read from disk as needed}, for those of `names` that
-    the encoder has; elsewhere nothing.
+    On the first process, {name: [n, F] float32, read from disk on demand} for those of `names` that
+    the encoder has; elsewhere {}.
 
   Raises:
     errors.UserError: an image cannot be read.
@@ -52,7 +52,7 @@ def collect(engine: embedding.Engine, variables: dict[str, Any], digest: str, im
 
 
 def _load(place, name):
-  """An array on disk, or None if it is not there or truncated."""
+  """An array on disk, or None if it is missing or truncated."""
   try:
     return np.load(place / f'{name}.npy', mmap_mode='r')
   except (OSError, ValueError):
@@ -60,9 +60,9 @@ def _load(place, name):
 
 
 def _write(parts, count, place):
-  """Writes what is computed into a folder, and loads it; several runs may do so at once.
+  """Writes the computed features to a folder and loads them; several runs may do so at once.
 
-  Without a place, takes part in the computation only.
+  Without a place, it only takes part in the computation.
   """
   if place is None:
     for _ in parts:

@@ -25,13 +25,13 @@ _CHUNK = 250  # images per call when predicting
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What is measured, and how long each fine-tuning takes.
+  """The measurements, and the length of each fine-tuning run.
 
   Attributes:
-    shares: of the labels.
-    seeds: of the choice of labels.
-    epochs: as in the paper.
-    least_steps: if those epochs have fewer.
+    shares: shares of the labels.
+    seeds: seeds of the choice of labels.
+    epochs: number of epochs, as in the paper.
+    least_steps: minimum number of steps, if those epochs have fewer.
   """
   shares: tuple[float, ...] = (0.01, 0.02, 0.04, 0.1, 0.2)
   seeds: tuple[int, ...] = (0, 1, 2)
@@ -43,25 +43,25 @@ def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, A
             read_train: Callable, train_labels: Int[np.ndarray, ' N'], read_test: Callable,
             test_labels: Int[np.ndarray, ' Q'], *, num_classes: int,
             config: config_lib.Config, recipe: Recipe = Recipe()) -> Iterator[dict[str, Any]]:
-  """Fine-tunes from each start with each share of the labels, several times.
+  """Fine-tunes from each start with each share of the labels, once per seed.
 
-  For as many epochs as in the paper (Section 4.3), with a cosine schedule instead of its steps.
-  Images are read a batch at a time.
+  Trains for as many epochs as the paper (Section 4.3), with a cosine schedule instead of its step
+  decay. Images are read one batch at a time.
 
   Args:
-    encoder: a Linen module that shows 'pooled'.
+    encoder: a Linen module that exposes 'pooled', see `layers.show`.
     starts: {name: seed -> variables}, e.g. trained and random.
-    read_train: rows [b] -> [b, H, W, 3] uint8, of N images.
+    read_train: rows [b] -> [b, H, W, 3] uint8, from N images.
     train_labels: [N] int.
-    read_test: rows [b] -> [b, H, W, 3] uint8, of Q images.
+    read_test: rows [b] -> [b, H, W, 3] uint8, from Q images.
     test_labels: [Q] int.
     num_classes: C.
-    config: of the run, for its augmentation.
-    recipe: what is measured.
+    config: the run's configuration, for its augmentation.
+    recipe: the measurements.
 
   Yields:
-    Rows: 'labels' (the share), 'images' (how many), 'start', 'top1' (mean over seeds), 'interval'
-    (half its 95% interval, by Student's t).
+    Rows of results: 'labels' (the share), 'images' (their number), 'start', 'top1' (mean over
+    seeds), 'interval' (half-width of its 95% confidence interval, by Student's t).
   """
   size = views.size(config, read_train(np.zeros(1, int)).shape[1:])
   tuner = _FineTuner(encoder, num_classes, config, size, recipe)
@@ -78,7 +78,7 @@ def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, A
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-  """(mean, half its 95% interval by Student's t; None for a single value)."""
+  """(mean, half-width of its 95% confidence interval by Student's t, or None for one value)."""
   mean = float(np.mean(values))
   if len(values) < 2:
     return mean, None
@@ -87,15 +87,16 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def choose(labels: Int[np.ndarray, ' N'], share: float, seed: int) -> Int[np.ndarray, ' n']:
-  """A class-balanced part of the labelled images.
+  """A class-balanced subset of the labeled images.
 
   Args:
     labels: [N] int.
-    share: of the labels, 0..1.
+    share: share of the labels, from 0 to 1.
     seed: of the choice.
 
   Returns:
-    [n] indices in order: the same number for each class, at least 1, at most what there is.
+    [n] indices in ascending order: the same number for each class, at least 1; all images of a
+    class that has fewer.
   """
   random, classes = np.random.RandomState(seed), np.unique(labels)
   each = max(1, round(share * len(labels) / len(classes)))

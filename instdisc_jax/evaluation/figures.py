@@ -15,7 +15,7 @@ from instdisc_jax.runtime import files
 
 QUERIES = 12  # in neighbors.png,
 NEIGHBORS = 8  # and neighbors of each
-_NAMED = 30  # most classes whose names fit beside a confusion matrix
+_NAMED = 30  # maximum number of classes whose names fit beside a confusion matrix
 
 
 def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figure:
@@ -52,21 +52,21 @@ def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figu
 
 def neighbors(dataset: data.Dataset, row: Int[np.ndarray, 'Q K'], side: int,
               num_queries: int) -> figure_lib.Figure:
-  """A figure of some queries beside their nearest training images, right and wrong ones marked.
+  """A figure of some queries beside their nearest training images, marked as correct or not.
 
   Args:
     dataset: its test images, or else its training images, are the queries.
     row: [Q, K] their nearest training images.
-    side: of the central views that are shown of images in files, in pixels.
-    num_queries: how many, evenly spaced.
+    side: side in pixels of the central views shown for images in files.
+    num_queries: number of queries shown, evenly spaced.
   """
   query_images = dataset.train if dataset.test is None else dataset.test
   queries = np.linspace(0, len(row) - 1, min(num_queries, len(row))).astype(int)
   shown = min(NEIGHBORS, row.shape[1])
   names = dataset.class_names
   name = lambda label: str(label) if names is None else _escaped(names[label][:12])
-  height = 1.25  # of a line, whose images are 1 by 1
-  # One pair of axes for all: matplotlib needs seconds for one per image.
+  height = 1.25  # of a row of images, each 1 by 1
+  # A single Axes for all images: one per image would cost matplotlib seconds.
   figure = figure_lib.Figure(layout='constrained', figsize=(
       0.85 * 1.08 * (shown + 1), 0.85 * height * len(queries) + 0.3))
   axes = figure.subplots()
@@ -96,7 +96,7 @@ def neighbors(dataset: data.Dataset, row: Int[np.ndarray, 'Q K'], side: int,
 
 
 def _to_look_at(images, i, side):
-  """Image i in full if it is in memory, else its central view."""
+  """The full image i if it is in memory, else its central view."""
   return images.full(i) if isinstance(images.files, np.ndarray) else images.central(i, side)
 
 
@@ -106,7 +106,7 @@ def confusion(counts: Int[np.ndarray, 'C C'], class_names: Sequence[str],
 
   Args:
     counts: [C, C] int, true class by predicted class.
-    class_names: C of them.
+    class_names: the C names.
     dataset: name of the data set.
   """
   named = len(class_names) <= _NAMED
@@ -128,19 +128,19 @@ def confusion(counts: Int[np.ndarray, 'C C'], class_names: Sequence[str],
 
 
 def printable(name: str) -> str:
-  """A name, with a question mark for each byte that is not text."""
+  """A name with each undecodable byte replaced by a question mark."""
   return name.encode('utf8', 'replace').decode('utf8')
 
 
 def _escaped(name):
-  """A name for matplotlib, which would read text between two dollar signs as mathematics."""
+  """A name for matplotlib, which would typeset text between two dollar signs as math."""
   return printable(name).replace('$', r'\$')
 
 
 def save(figure: figure_lib.Figure, path: files.Place) -> None:
   """Writes a figure as PNG."""
   png = io.BytesIO()
-  with warnings.catch_warnings():  # letters that no font here has become boxes
+  with warnings.catch_warnings():  # characters that no font has become boxes
     warnings.filterwarnings('ignore', message='Glyph .* missing')
     figure.savefig(png, dpi=110)
   files.write(path, png.getvalue())

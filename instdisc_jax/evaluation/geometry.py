@@ -1,19 +1,19 @@
-"""How the embeddings are distributed on the sphere, and how far the memory bank lags behind."""
+"""Distribution of the embeddings on the sphere, and staleness of the memory bank."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 import numpy as np
 
-_PAIRS = 4096  # most images whose pairs uniformity averages over: all, or a seeded sample
+_PAIRS = 4096  # maximum number of images for uniformity; beyond it, a seeded sample
 
 
 def alignment(first: Float[np.ndarray, 'N D'], second: Float[np.ndarray, 'N D']) -> float:
-  """Mean squared distance of two views' embeddings (Wang and Isola, 2020, Eq. 1, α = 2).
+  """Mean squared distance between two views' embeddings (Wang and Isola, 2020, Eq. 1, α = 2).
 
   Args:
     first: [N, D] unit-norm embeddings of one view of each image.
-    second: [N, D] of another.
+    second: [N, D] unit-norm embeddings of another view.
 
   Returns:
     A float from 0 (the embeddings of the views are identical) to 4.
@@ -23,7 +23,7 @@ def alignment(first: Float[np.ndarray, 'N D'], second: Float[np.ndarray, 'N D'])
 
 def class_alignment(embedding: Float[np.ndarray, 'N D'],
                     labels: Int[np.ndarray, ' N']) -> float | None:
-  """Mean squared distance of two images of a class, over all such pairs; the mean of the classes.
+  """Mean squared distance over all pairs of images of a class, averaged over the classes.
 
   Args:
     embedding: [N, D] unit-norm.
@@ -45,11 +45,11 @@ def uniformity(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> float:
   """Log of the mean Gaussian potential of all pairs (Wang and Isola, 2020, Eq. 2, t = 2).
 
   Args:
-    embedding: [N, D] unit-norm; more than 4,096 are sampled.
+    embedding: [N, D] unit-norm; if N is above 4,096, a sample is used.
     seed: of the sample.
 
   Returns:
-    A float: 0 if all are identical, lower if they spread out.
+    A float: 0 if all embeddings are identical, lower the more they spread out.
   """
   if len(embedding) > _PAIRS:
     embedding = embedding[np.random.RandomState(seed).permutation(len(embedding))[:_PAIRS]]
@@ -79,7 +79,7 @@ def effective_rank(embedding: Float[np.ndarray, 'N D']) -> float:
 
 
 def staleness(bank: Float[np.ndarray, 'N D'], embedding: Float[np.ndarray, 'N D']) -> float:
-  """1 - mean cosine of an image's row in the bank and its fresh embedding.
+  """1 - mean cosine between an image's row in the bank and its fresh embedding.
 
   Args:
     bank: [N, D] unit-norm rows.

@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbor classification (Section 3.4), exact, on a sharded bank.
 
-The K rows most similar to a query vote for their labels, each with the weight exp(s / τ).
+The K rows most similar to a query vote for their labels, each with weight exp(s / τ).
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from instdisc_jax import linalg
 from instdisc_jax.runtime.mesh import AXIS
 
 _AnyArray = Array | np.ndarray
-_BLOCK = 16  # rows per block maximum; larger was slower on CPU
-MOST_SCORES = 2**25  # most scores held at once, 128 MiB in float32
-# JAX after July 2026: the order of ties may be left open, which lets GPUs select instead of sort.
+_BLOCK = 16  # rows per block; larger blocks were slower on CPU
+MOST_SCORES = 2**25  # maximum number of scores held at once, 128 MiB in float32
+# JAX after July 2026: ties may be in any order, which lets GPUs select instead of sort.
 _HAS_UNSTABLE = 'is_stable' in inspect.signature(lax.top_k).parameters
 _UNSTABLE: dict[str, Any] = {'is_stable': False} if _HAS_UNSTABLE else {}
 
@@ -63,7 +63,7 @@ def nearest(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'],
             own_row: Int[Array, ' Q'] | None = None, *, k: int, axis_name: str | None = None,
             num_rows: int | None = None, recall_target: float | None = None
             ) -> tuple[Float[_AnyArray, 'Q K'], Int[_AnyArray, 'Q K']]:
-  """The K most similar rows of each query, exact up to ties, most similar first.
+  """The K most similar rows for each query, exact up to ties, most similar first.
 
   Queries are processed in chunks, so that no more than 2^25 scores are held at once. With
   `axis_name`, each device finds the K best of its rows, and only those are exchanged.
@@ -115,8 +115,8 @@ def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target
 def top_k(scores: Float[Array, ' n'], k: int) -> tuple[Float[Array, ' k'], Int[Array, ' k']]:
   """The k largest of `scores` and their positions, without sorting all of them.
 
-  They are in the k blocks with the largest maxima, so only those are searched. GPUs have their own
-  selection.
+  They are in the k blocks with the largest maxima, so only those blocks are searched. GPUs use a
+  selection of their own.
   """
   num_blocks = -(-scores.shape[0] // _BLOCK)
   if num_blocks <= k:
@@ -142,12 +142,12 @@ def _pair(values) -> tuple[Any, Any]:
 
 def over_mesh(mesh: jax.sharding.Mesh, k: int, num_rows: int,
               recall_target: float | None = None) -> Any:
-  """`nearest` for a bank sharded over the mesh: (queries, bank, own_row) -> the same on all."""
+  """`nearest` for a bank sharded over the mesh: (queries, bank, own_row) -> replicated results."""
   return jax.jit(jax.shard_map(
       functools.partial(nearest, k=k, axis_name=AXIS, num_rows=num_rows,
                         recall_target=recall_target), mesh=mesh,
       in_specs=(P(), P(AXIS), P()), out_specs=P(),
-      check_vma=False))  # the gathered candidates are the same on all devices, unknown to its types
+      check_vma=False))  # the gathered candidates are replicated, which its types do not know
 
 
 def top1(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
@@ -156,7 +156,7 @@ def top1(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
   """Share of queries whose neighbors vote for the query's label.
 
   Args:
-    similarity: [Q, K] of the neighbors.
+    similarity: [Q, K] similarities of the neighbors.
     row: [Q, K] int, their rows.
     labels: [N] int.
     query_labels: [Q] int.
@@ -175,7 +175,7 @@ def top1_grid(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
   """`top1` for every K and τ from one search: the K nearest are the first K found.
 
   Args:
-    similarity: [Q, K'] of the neighbors, most similar first, K' the largest K.
+    similarity: [Q, K'] similarities of the neighbors, most similar first; K' is the largest K.
     row: [Q, K'] int, their rows.
     labels: [N] int.
     query_labels: [Q] int.

@@ -13,7 +13,7 @@ from sklearn import pipeline, preprocessing, svm
 
 _RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # learning rates, for features with a norm near 1
 _COSTS = (1e-4, 1e-3, 1e-2, 1e-1)  # C of the SVM
-_HELD_OUT = 0.1  # of the training images, to choose hyperparameters on
+_HELD_OUT = 0.1  # share of the training images held out to choose hyperparameters
 _BATCH = 256
 _EPOCHS, _LEAST_STEPS = 30, 600
 _WEIGHT_DECAY = 1e-5
@@ -22,15 +22,15 @@ _WEIGHT_DECAY = 1e-5
 def linear(train: Float[np.ndarray, 'N F'], train_labels: Int[np.ndarray, ' N'],
            test: Float[np.ndarray, 'Q F'], test_labels: Int[np.ndarray, ' Q'], *,
            num_classes: int, seed: int = 0) -> dict[str, Any]:
-  """A softmax classifier by SGD, its learning rate chosen on a held-out part of the training set.
+  """A softmax classifier trained by SGD; the learning rate is chosen on held-out training images.
 
-  Features are standardized with the training set's mean and standard deviation. All of them are on
-  the device.
+  Features are standardized with the training set's mean and standard deviation. All of them must
+  fit on the device.
 
   Args:
     train: [N, F] features.
     train_labels: [N] int.
-    test: [Q, F]; used once, after the choice.
+    test: [Q, F] features; used once, after the learning rate is chosen.
     test_labels: [Q] int.
     num_classes: C.
     seed: of the split and the batches.
@@ -87,17 +87,17 @@ def _fit(features, labels, rates, seed, *, num_classes, num_steps):
 def support_vectors(train: Float[np.ndarray, 'N F'], train_labels: Int[np.ndarray, ' N'],
                     test: Float[np.ndarray, 'Q F'], test_labels: Int[np.ndarray, ' Q'], *,
                     seed: int = 0) -> dict[str, Any]:
-  """A linear SVM, one against the rest, on standardized features; C chosen as in `linear`.
+  """A one-vs-rest linear SVM on standardized features; C is chosen as in `linear`.
 
   Args:
     train: [N, F] features.
     train_labels: [N] int.
-    test: [Q, F].
+    test: [Q, F] features.
     test_labels: [Q] int.
     seed: of the split.
 
   Returns:
-    {'top1', 'cost'}, the cost being C.
+    {'top1', 'cost'}, where the cost is C.
   """
   def fit(rows, cost):
     classifier = svm.LinearSVC(C=cost, dual='auto', random_state=seed, max_iter=5000)
@@ -106,7 +106,7 @@ def support_vectors(train: Float[np.ndarray, 'N F'], train_labels: Int[np.ndarra
 
   held_out, rest = _split(len(train), seed)
   right = [0.0]
-  if len(np.unique(train_labels[rest])) > 1:  # a handful of images may leave one class
+  if len(np.unique(train_labels[rest])) > 1:  # few images may leave only one class
     right = [fit(rest, cost).score(train[held_out], train_labels[held_out]) for cost in _COSTS]
   best = _COSTS[int(np.argmax(right))]
   final = fit(np.arange(len(train)), best)
@@ -121,12 +121,12 @@ def _split(n, seed):
 
 def top_k(scores: Float[np.ndarray, 'Q C'], labels: Int[np.ndarray, ' Q'],
           k: int) -> float | None:
-  """Share of rows whose label is among the k best scores; None if there are no more than k classes.
+  """Share of rows whose label has one of the k highest scores; None if there are at most k classes.
 
   Args:
-    scores: [Q, C]; -inf for a class that is never among the best.
+    scores: [Q, C]; -inf for a class that never counts.
     labels: [Q] int.
-    k: how many.
+    k: number of scores.
   """
   if k > 1 and scores.shape[1] <= k:
     return None

@@ -42,13 +42,13 @@ from instdisc_jax.runtime import errors, files
 
 _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
 _CLASSES_SHOWN, _CLASSES_DRAWN = 20, 2000
-_HELD_OUT = 0.2  # of a set without held-out images, for the protocols that train
-_LEAST = 10  # labelled images to learn from, for those
+_HELD_OUT = 0.2  # share held out of a set that has no held-out images
+_LEAST = 10  # minimum number of labeled images for the protocols that train
 _ALIGNED = 1024  # images whose two views are compared
 
 
 class Model(Protocol):
-  """What the protocols need of a trained run, see `inference.Model`."""
+  """The parts of a trained run that the protocols use, see `inference.Model`."""
   @property
   def workdir(self) -> files.Place: ...
   @property
@@ -74,12 +74,12 @@ class Sets:
 
   Attributes:
     model: the trained run.
-    name: of the data set.
+    name: name of the data set.
     train: {stage: [N, F]}.
     train_labels: [N] int, or None.
     test: {stage: [Q, F]}.
     test_labels: [Q] int, or None.
-    class_names: C of them; for unnamed classes, the numbers of those that have images.
+    class_names: the C names; unnamed classes that have images go by their numbers.
     bank: [N, D] rows of the training images, or None for another data set.
     train_images: N images.
     test_images: Q images.
@@ -107,15 +107,15 @@ def prepare(model: Model, folder: pathlib.Path, protocols: Sequence[str],
 
   Args:
     model: the trained run.
-    folder: where the features are kept.
-    protocols: of `PROTOCOLS`.
+    folder: where the features are stored.
+    protocols: names in `PROTOCOLS`.
     name: another data set to evaluate the features on, as `dataset.name`; by default the run's own.
 
   Returns:
-    `Sets`; on other processes than the first, without features.
+    `Sets`; without features on all processes but the first.
 
   Raises:
-    errors.UserError: there are no such data, too few of them, or they have no labels.
+    errors.UserError: the data are missing, too few, or unlabeled.
   """
   wanted = tuple(dict.fromkeys(stage for p in protocols for stage in PROTOCOLS[p].stages))
   least = _LEAST if any(PROTOCOLS[p].learns for p in protocols) else 2
@@ -153,7 +153,7 @@ def _data(model, name):
 
 
 def _labels(dataset, rows, test_rows):
-  """(labels of the training rows, of the test images, class names); None without labels."""
+  """(training labels, test labels, class names); (None, None, ()) without labels."""
   if dataset.train.labels is None or (dataset.test is not None and dataset.test.labels is None):
     return None, None, ()
   train = dataset.train.labels[rows]
@@ -178,8 +178,8 @@ def _check_enough(name, count, labels, least):
 def nearest_neighbors(sets: Sets) -> Iterator[dict[str, Any]]:
   """Top-1 and top-5 for each kind of feature, K and τ, from one search each.
 
-  A class without a vote is not among the top 5. For the embedding, the row of the run's own K and τ
-  also has the top-1 of each class, and its confusion matrix is drawn.
+  A class without a vote is not among the top 5. For the embedding with the run's own K and τ, the
+  result also has the top-1 of each class, and the confusion matrix is drawn.
   """
   own = sets.model.config.knn
   kinds = {EMBEDDING: (sets.train[EMBEDDING], sets.test[EMBEDDING]),
@@ -220,7 +220,7 @@ def _per_class(sets, predicted):
 
 
 def _confusion_file(sets):
-  """confusion.png; for another data set with its name, and a digest that tells names apart."""
+  """confusion.png; for another data set, with its name and a digest that keeps names distinct."""
   if sets.bank is not None or sets.name == sets.model.config.dataset.name:
     return 'confusion.png'
   name = re.sub('[^A-Za-z0-9]+', '-', sets.name).strip('-')[:40]
@@ -238,7 +238,7 @@ def linear(sets: Sets) -> Iterator[dict[str, Any]]:
 
 
 def support_vectors(sets: Sets) -> Iterator[dict[str, Any]]:
-  """A row of results for the pooled features and one for the embedding, if they are there."""
+  """A row of results for the pooled features and one for the embedding, where available."""
   for name in ('pooled', EMBEDDING):
     if name in sets.train:
       yield {'features': name} | probes.support_vectors(
@@ -330,7 +330,7 @@ PROTOCOLS = {
 
 
 def show(protocol: str, results: list[dict[str, Any]], console: rich_console.Console) -> None:
-  """Prints results as a table; of a kNN grid, the row of the run's own K and τ and the best."""
+  """Prints results as a table; a kNN grid is reduced to the run's own K and τ and the best."""
   title = protocol
   if protocol == 'knn':
     title = "knn, with the run's own K and τ"

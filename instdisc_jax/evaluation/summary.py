@@ -1,4 +1,4 @@
-"""The summary of a run: summary.json, and the same as a table."""
+"""The summary of a run, as summary.json and as a table."""
 
 from collections.abc import Callable, Iterable
 import hashlib
@@ -26,11 +26,11 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
 
   Args:
     workdir: the run's folder.
-    setup: what the run is.
-    dataset: its data.
-    evaluator: of the run.
+    setup: the fixed parts of the run.
+    dataset: the run's data.
+    evaluator: the run's evaluator.
     states: (the state that the run started from, the trained one).
-    images_per_second: of training, or None.
+    images_per_second: training throughput, or None.
     wall_clock: () -> seconds since the run began.
 
   Returns:

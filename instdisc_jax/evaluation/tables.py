@@ -24,7 +24,7 @@ from instdisc_jax.runtime import errors, files
 
 RESULTS = 'results.json'
 _SVM_FILE = 'svm.json'
-_FREE = 'dataset.data_dir', '--workdir'  # what a user may set; everything else the table fixes
+_FREE = 'dataset.data_dir', '--workdir'  # what a user may set; the table fixes the rest
 _NCE = {'loss.name': 'nce'}
 _LOSSES = {
     'parametric softmax': {'loss.name': 'parametric_softmax'},
@@ -42,10 +42,10 @@ MeasureSVM: TypeAlias = Callable[[pathlib.Path], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What is compared.
+  """A comparison of settings.
 
   Attributes:
-    rows: {title: settings that differ}; `dataset.limit` as a share of the scale's images.
+    rows: {title: the settings that differ}; `dataset.limit` as a share of the scale's images.
     paper: {measure: {title: the paper's value}}, for 'knn' and perhaps 'svm'.
     about: a sentence on the paper's values.
   """
@@ -114,7 +114,7 @@ def _paper():
   return config, 3
 
 
-# {scale: () -> (configuration, seeds of each row)}
+# {scale: () -> (configuration, number of seeds per row)}
 SCALES: dict[str, Callable[[], tuple[config_lib.Config, int]]] = {
     'smoke': _smoke, 'small': _small, 'paper': _paper}
 
@@ -126,9 +126,9 @@ def configure(table: str, scale: str, title: str, seed: int,
   Args:
     table: one of `TABLES`.
     scale: one of `SCALES`.
-    title: of a row.
-    seed: of the run.
-    data_dir: of TFDS.
+    title: the title of a row.
+    seed: the seed of the run.
+    data_dir: the folder of prepared TFDS data.
 
   Returns:
     A `ConfigDict`.
@@ -148,15 +148,15 @@ def configure(table: str, scale: str, title: str, seed: int,
 
 def run(output: pathlib.Path, table: str, scale: str, *, seeds: int | None = None,
         data_dir: str | None = None, train: Train, measure_svm: MeasureSVM) -> Iterator[str]:
-  """Trains the rows of a table that are missing; the files of `write` are current after each run.
+  """Trains the missing rows of a table; the files of `write` are updated after each run.
 
   Args:
     output: the folder; each run has its workdir below it.
     table: one of `TABLES`.
     scale: one of `SCALES`.
-    seeds: runs of each row; by default those of the scale.
-    data_dir: of TFDS.
-    train: (config, workdir) -> trains a run, or resumes it; nothing is done for a finished one.
+    seeds: runs per row; by default as many as the scale has.
+    data_dir: the folder of prepared TFDS data.
+    train: called with (config, workdir); trains or resumes a run, and skips a finished one.
     measure_svm: workdir -> {'top1': of a linear SVM on the pooled features, ...}.
 
   Yields:
@@ -165,12 +165,12 @@ def run(output: pathlib.Path, table: str, scale: str, *, seeds: int | None = Non
   Raises:
     errors.UserError: the data are missing, or the folder holds something else.
     errors.RunError: some runs failed; the others are in the table.
-    errors.Stopped: a signal came.
+    errors.Stopped: stopped by a signal.
   """
   entry, failed = TABLES[table], {}
   results = ended(output, table, scale)
   about = describe(configure(table, scale, list(entry.rows)[-1], 0))
-  for seed in range(SCALES[scale]()[1] if seeds is None else seeds):  # each row has a value early
+  for seed in range(SCALES[scale]()[1] if seeds is None else seeds):  # all rows get values soon
     for number, title in enumerate(entry.rows):
       yield f'seed {seed}, {title}'
       config = configure(table, scale, title, seed, data_dir)
@@ -187,7 +187,7 @@ def run(output: pathlib.Path, table: str, scale: str, *, seeds: int | None = Non
 
 
 def _run_row(config, workdir, train, measure_svm):
-  """The measures of one run, trained if need be; without the SVM if `measure_svm` is None."""
+  """The measures of one run, trained if needed; without the SVM if `measure_svm` is None."""
   try:
     train(config, workdir)
   except errors.UserError as e:
@@ -200,7 +200,7 @@ def _run_row(config, workdir, train, measure_svm):
 
 
 def measured(workdir: pathlib.Path, with_svm: bool) -> Measures | None:
-  """The measures of a run; None if it has not ended."""
+  """The measures of a run; None if it has not finished."""
   wanted = [workdir / name for name in (summary.FILE, *([_SVM_FILE] * with_svm))]
   if not all(file.exists() for file in wanted):
     return None
@@ -212,7 +212,7 @@ def measured(workdir: pathlib.Path, with_svm: bool) -> Measures | None:
 
 
 def ended(output: pathlib.Path, table: str, scale: str) -> Results:
-  """The runs of a table that have ended, and no others.
+  """The finished runs of a table.
 
   Raises:
     errors.UserError: the folder holds another table.
@@ -240,9 +240,9 @@ def write(output: pathlib.Path, table: str, scale: str, results: Results,
     output: the folder.
     table: one of `TABLES`.
     scale: one of `SCALES`.
-    results: of the runs that have ended; a row without any is left out.
-    failed: {run: why}.
-    about_data: what was trained on and how, a paragraph.
+    results: the results of the finished runs; rows without any are left out.
+    failed: {run: reason}.
+    about_data: a paragraph on the data and the training.
   """
   entry = TABLES[table]
   results = {title: dict(sorted(by_seed.items())) for title, by_seed in results.items() if by_seed}
@@ -279,7 +279,7 @@ def _format(table, results):
 
 
 def plot(table: Table, results: Results, title: str) -> figure_lib.Figure:
-  """A figure of our means with their intervals and seeds, and of the paper's values."""
+  """A figure of our means, with intervals and single seeds, beside the paper's values."""
   figure = figure_lib.Figure(layout='constrained', figsize=(
       1.5 + 5.5 * len(table.paper), 1.2 + 0.45 * len(results)))
   grid = figure.subplots(1, len(table.paper), squeeze=False)
@@ -308,7 +308,7 @@ def plot(table: Table, results: Results, title: str) -> figure_lib.Figure:
 
 
 def describe(config: config_lib.Config) -> str:
-  """What is trained on and how, a paragraph."""
+  """A paragraph that describes the data and the training."""
   return (f'{config.dataset.limit:,} images of `{config.dataset.name}`, {config.model.name} of '
           f'width {config.model.width}, {config.epochs} epochs of batches of {config.batch_size}, '
           f'learning rate {config.optimizer.learning_rate:g} ({config.optimizer.schedule}), '

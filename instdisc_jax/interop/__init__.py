@@ -1,1 +1,1 @@
-"""Weights of other projects: their layouts, their files, and how to read a file from a stranger."""
+"""Weights of other projects: their layouts, their files, and safe reading of untrusted files."""

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: the encoder and what else training can resume from; export."""
+"""Checkpoints of other projects: import of the encoder and the training state, and export."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -22,19 +22,19 @@ __all__ = ['Checkpoint', 'export', 'read', 'read_encoder']
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What training can resume from in a file.
+  """The contents of a file from which training can resume.
 
   Attributes:
-    model_name: of the encoder.
+    model_name: the name of the encoder.
     width: channels of its first stage.
     embedding_dim: D.
     variables: {'params', 'batch_stats'}, float32.
-    has_head: whether the head is from the file; otherwise it is a fresh one.
+    has_head: whether the head is from the file; otherwise it is fresh.
     bank: [N, D], or None.
-    settings: those that the bank was trained with, e.g. {'loss.temperature': 0.07}.
+    settings: settings that the bank was trained with, e.g. {'loss.temperature': 0.07}.
     normalizer: Z, or 0 if it is not set.
     momentum: SGD's momentum, a tree like the params, or None.
-    epochs: how many are complete; 0 without a bank.
+    epochs: epochs completed; 0 without a bank.
   """
   model_name: str
   width: int
@@ -49,11 +49,11 @@ class Checkpoint:
 
 
 def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
-  """Everything that training can resume from in a file.
+  """Reads everything in a file from which training can resume.
 
   Args:
-    file: a checkpoint of the published code, or with the weights of a known encoder in the layout
-      of torchvision, MoCo, PyContrast, VISSL or MMSelfSup; .pth or .safetensors.
+    file: a checkpoint of the published code, or one with the weights of a known encoder in the
+      layout of torchvision, MoCo, PyContrast, VISSL or MMSelfSup; .pth or .safetensors.
     embedding_dim: D of the fresh head if the file has none.
 
   Raises:
@@ -67,7 +67,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
   variables = _to_variables(state_dict, encoder.name)
   embedding_dim = len(state_dict['fc.bias'])
   if encoder.head is None:
-    bank = None  # a head that is not in the file made it
+    bank = None  # it was computed with a head that the file lacks
   if bank is not None:
     if bank.ndim != 2 or bank.shape[1] != embedding_dim or len(bank) < 2:
       raise errors.UserError(
@@ -76,7 +76,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
     bank = np.asarray(bank, np.float32)
   momentum = {} if encoder.name.endswith('_cifar') else _find_momentum(saved, weights)
   if encoder.head is None or not momentum.keys() <= state_dict.keys():
-    momentum = {}  # of another head than the encoder's, or of other layers
+    momentum = {}  # it belongs to another head, or to other layers
   return Checkpoint(
       model_name=encoder.name, width=encoder.width, embedding_dim=embedding_dim,
       variables=variables, has_head=encoder.head is not None, bank=bank, settings=settings,
@@ -111,7 +111,7 @@ def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
   """Writes the encoder of a workdir's newest checkpoint in torchvision's layout.
 
   Args:
-    workdir: of a run, or made from a checkpoint.
+    workdir: the folder of a run, or one made from a checkpoint.
     file: NAME.pth or NAME.safetensors.
     with_head: whether to keep the linear layer to the embedding, as 'fc', rather than write the
       backbone alone.
@@ -160,7 +160,7 @@ def _with_head(encoder, embedding_dim):
 
 
 def _fresh_head(features, embedding_dim):
-  """Initial values of the head, from the distribution of the encoders here: U(±1/sqrt(C))."""
+  """Initial values of the head, distributed as in the encoders here: U(±1/sqrt(C))."""
   draw = np.random.default_rng(0).uniform
   bound = features ** -0.5
   return {'weight': draw(-bound, bound, (embedding_dim, features)).astype(np.float32),
@@ -168,7 +168,7 @@ def _fresh_head(features, embedding_dim):
 
 
 def _find_bank(saved, weights, file):
-  """(bank rows [N, D] or None, the settings that it was trained with, Z or 0)."""
+  """(bank rows [N, D] or None, settings that the bank was trained with, Z or 0)."""
   if 'memory_bank.feature_bank' in weights:  # MMSelfSup
     return weights['memory_bank.feature_bank'], {}, 0.0
   bank = saved.get('lemniscate')

@@ -28,16 +28,16 @@ from instdisc_jax.runtime import errors
 __all__ = ['COUNTER', 'Encoder', 'as_file_errors', 'find_encoder', 'find_weights', 'from_torch',
            'to_torch', 'to_torchvision']
 
-COUNTER = 'num_batches_tracked'  # PyTorch's count of training passes, which nothing reads
+COUNTER = 'num_batches_tracked'  # PyTorch's counter of training batches, which nothing reads
 _MODULES = {'downsample_conv': 'downsample.0', 'downsample_bn': 'downsample.1'}
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean',
            'var': 'running_var'}
 _POOLED = {'alexnet': alexnet.POOLED, 'vgg16': vgg.POOLED, 'vgg16_bn': vgg.POOLED}
 _IMAGENET_CLASSES = 1000
-_MIN_OVERLAP = 0.8  # of keys and kernel sizes, for an encoder to be recognized
+_MIN_OVERLAP = 0.8  # minimum overlap of keys and kernel sizes to recognize an encoder
 
-# Where the encoder is in the files of other projects: the prefix of its backbone, that of its head,
-# and the layer of the head that makes the embedding, provided that it is the only one.
+# Location of the encoder in the files of other projects: the prefixes of its backbone and its head,
+# and the layer of the head that computes the embedding, provided that it is the only layer.
 _PREFIXES = (
     ('encoder_q.', 'encoder_q.fc.', ''),  # MoCo
     ('encoder.', 'head.', '0.'),  # PyContrast
@@ -82,7 +82,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model_name: str) -> dict[st
     layers [C, O].
 
   Raises:
-    errors.UserError: a key is missing, left over, or of another shape; it is named.
+    errors.UserError: a key is missing, unexpected, or has the wrong shape; the message names it.
   """
   given = {_canonical(key): (key, np.asarray(value)) for key, value in state_dict.items()
            if not key.endswith(COUNTER)}
@@ -140,13 +140,13 @@ def find_weights(saved: Any, file: object) -> dict[str, np.ndarray]:
 
   Args:
     saved: nested containers of arrays, as a checkpoint holds them.
-    file: where they are from, for messages.
+    file: the file they come from, for messages.
 
   Returns:
     key -> array, with torchvision's names for shortcuts and heads, without 'module.'.
 
   Raises:
-    errors.UserError: there is none.
+    errors.UserError: there are no weights.
   """
   saved = saved if isinstance(saved, dict) else {}
   for key in ('classy_state_dict', 'state_dict', 'net', 'model'):
@@ -169,10 +169,10 @@ def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
 
   Args:
     weights: what `find_weights` returns.
-    file: where they are from, for messages.
+    file: the file they come from, for messages.
 
   Raises:
-    errors.UserError: there is none, or its first layer is missing.
+    errors.UserError: there is no encoder, or its first layer is missing.
   """
   backbone_prefix, head_prefix, head_layer = next(
       entry for entry in _PREFIXES if any(key.startswith(entry[0]) for key in weights))
@@ -199,7 +199,7 @@ def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
 
 @contextlib.contextmanager
 def as_file_errors(model_name: str) -> Iterator[None]:
-  """Adds to errors about weights that the file they are from has to be another one."""
+  """Adds to errors about weights the remedy to use another file."""
   try:
     yield
   except errors.UserError as e:
@@ -208,7 +208,7 @@ def as_file_errors(model_name: str) -> Iterator[None]:
 
 
 def _overlap(model_name, backbone):
-  """Share of an encoder's keys, with the sizes of kernels, that a state dict has."""
+  """Intersection over union of a state dict's and an encoder's keys, with the sizes of kernels."""
   found = {(key, value.shape[2:]) for key, value in backbone.items()}
   wanted = {(key, shape[:2] if len(shape) == 4 else ())
             for key, (_, shape) in _layout(model_name, 2, 2).items() if not key.startswith('fc.')}

@@ -1,4 +1,4 @@
-"""Reading a file of weights from a stranger: nothing in it is executed.
+"""Safe reading of untrusted weight files: nothing in them is executed.
 
 Reading .pth needs PyTorch (`pip install '.[torch]'`), which is imported only then.
 """
@@ -28,14 +28,14 @@ _CONTAINERS = {'collections.OrderedDict', 'builtins.set', '__builtin__.set', 'to
 
 
 class _Stub:
-  """Takes the place of a class of the published code; keeps its attributes, runs none of it."""
-  dump_patches = False  # PyTorch's reader of the legacy format asks for it
+  """Stands in for a class of the published code; keeps the attributes, runs no code."""
+  dump_patches = False  # read by PyTorch's loader of the legacy format
 
 
 class _Unpickler(pickle.Unpickler):
-  """Knows tensors, containers and the stub; PyTorch reads all its formats with it.
+  """Admits only tensors, containers and the stub; PyTorch reads all its formats with it.
 
-  (torch.load's own `weights_only` refuses modules that were pickled as objects in the legacy
+  (torch.load's own `weights_only` rejects modules that were pickled as objects in the legacy
   format, and the published checkpoints hold such modules.)
   """
 
@@ -61,7 +61,7 @@ def read_file(file: str | os.PathLike[str]) -> Any:
     file: a path.
 
   Returns:
-    What was saved: nested dicts and lists, with NumPy arrays for tensors.
+    The saved object: nested dicts and lists, with NumPy arrays for tensors.
 
   Raises:
     errors.UserError: there is no such file, it has another format, or it holds anything but
@@ -74,7 +74,7 @@ def read_file(file: str | os.PathLike[str]) -> Any:
     safetensors = import_optional('safetensors.numpy', '--from')
     try:
       return safetensors.load_file(file)
-    except Exception as e:  # the library has errors of its own
+    except Exception as e:  # the library has its own errors
       raise errors.UserError(f"'{file}' is not a safetensors file ({errors.one_line(e)})",
                              remedy='set <--from> to one', setting='--from') from e
   torch = import_optional('torch', '--from')
@@ -97,7 +97,7 @@ def import_optional(module: str, argument: str) -> Any:
 
   Args:
     module: 'torch' or 'safetensors.numpy'.
-    argument: which argument gave the file, e.g. '--from'.
+    argument: the argument that named the file, e.g. '--from'.
 
   Raises:
     errors.UserError: it is not installed.

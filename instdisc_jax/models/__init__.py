@@ -26,7 +26,7 @@ for _name, (_block, _sizes) in _RESNETS.items():
 
 __all__ = ['NAMES', 'SMALLEST_SIDE', 'create']
 NAMES = tuple(sorted(_ENCODERS))
-SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # of an image in pixels; else any
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # in pixels; any side for the others
 
 
 def create(name: str, *, embedding_dim: int = 128, width: int = 64, dtype: Any = jnp.float32,
@@ -38,13 +38,13 @@ def create(name: str, *, embedding_dim: int = 128, width: int = 64, dtype: Any =
     embedding_dim: D.
     width: channels of the first stage; 64 in the literature.
     dtype: of the computation, e.g. `jnp.bfloat16`; parameters stay float32.
-    batch_norm_axis: mesh axis over which batch norm is synchronized; None for each device's own.
+    batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
 
   Returns:
     A module with `module.apply(variables, images[B, H, W, 3], train) -> [B, D]`, unit-norm.
 
   Raises:
-    KeyError: an unknown name; the message lists the known ones.
+    KeyError: the name is unknown; the message lists the known ones.
   """
   if name not in _ENCODERS:
     raise KeyError(f"unknown model '{name}'; known: {', '.join(NAMES)}")

@@ -18,7 +18,7 @@ POOLED = 6  # side of the feature map before the linear layers
 
 
 class AlexNet(layers.Encoder):
-  """For images of at least 63 pixels per side; the channels above are those of width 64."""
+  """AlexNet for images of at least 63 pixels per side; the channels above are for width 64."""
 
   @nn.compact
   def __call__(self, x, train):

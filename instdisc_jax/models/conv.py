@@ -1,8 +1,9 @@
 """Convolution whose weight gradient is fast on CPUs too.
 
 XLA:CPU computes the weight gradient of a full batch as one convolution with a kernel as large as
-the image, several times more slowly than other convolutions; as a sum over pieces of the batch it
-runs at their speed. The result is the same sum in another order. Other platforms keep XLA's own.
+the image, several times more slowly than other convolutions; as a sum over pieces of the batch, it
+is as fast as they are. The result is the same sum in another order. Other platforms use XLA's own
+gradient.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-_PIECE = 2**17  # values of the output gradient in a piece, on CPU: about half a core's cache
+_PIECE = 2**17  # output-gradient values per piece, on CPU: about half a core's cache
 
 
 class Conv(nn.Module):
@@ -22,8 +23,8 @@ class Conv(nn.Module):
   Attributes:
     features: output channels.
     kernel_size: k, for a k x k kernel.
-    stride: of both image axes.
-    dtype: of the computation.
+    stride: stride along both image axes.
+    dtype: dtype of the computation.
     kernel_init: initializer of the kernel [k, k, C, features].
     padding: zeros on each side; by default (k - 1) / 2.
     use_bias: whether to add a bias, initialized to zero.

@@ -1,4 +1,4 @@
-"""Layers that the encoders share: batch norm, linear layers, pooling, and the unit-norm head."""
+"""Layers shared by the encoders: batch norm, linear layers, pooling, and the unit-norm head."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ HE_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class Encoder(nn.Module, kw_only=True):
-  """What every encoder has: images [B, H, W, 3] -> unit-norm embeddings [B, D].
+  """Base class of the encoders: images [B, H, W, 3] -> unit-norm embeddings [B, D].
 
   Attributes:
     embedding_dim: D.
@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
   """Batch normalization with PyTorch's conventions: the running variance is the unbiased one.
 
   Attributes:
-    train: normalize by the batch's own statistics and update the running ones.
+    train: whether to normalize by the batch's own statistics and update the running ones.
     axis_name: mesh axis over which statistics are averaged; None for each device's own batch.
     dtype: of the output.
     momentum: running = momentum * running + (1 - momentum) * batch.
@@ -85,9 +85,9 @@ def linear(x: Float[Array, '... C'], features: int, dtype: Any,
 
   Args:
     x: [..., C].
-    features: outputs.
+    features: number of outputs.
     dtype: of the computation; parameters are at least float32.
-    **kwargs: of `nn.Dense`, e.g. `name`.
+    **kwargs: arguments of `nn.Dense`, e.g. `name`.
 
   Returns:
     [..., features].
@@ -105,7 +105,7 @@ def embed(x: Float[Array, 'B C'], embedding_dim: int, dtype: Any) -> Float[Array
 
 
 def show(module: nn.Module, name: str, x: Any) -> None:
-  """Adds the output of a stage to the collection 'stages', at no cost if nobody asks for it."""
+  """Adds the output of a stage to the collection 'stages', at no cost unless it is requested."""
   if not module.is_initializing():
     module.sow('stages', f'{name}_output', x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
@@ -118,10 +118,10 @@ def max_pool(x: Float[Array, 'B H W C'], size: int, stride: int,
 
 
 def average_to(x: Float[Array, 'B H W C'], size: int) -> Float[Array, 'B size size C']:
-  """[B, H, W, C] -> [B, size, size, C], by averages over `size` even parts of each image axis.
+  """[B, H, W, C] -> [B, size, size, C], by averaging over `size` even parts of each image axis.
 
   Neighboring parts overlap by a pixel where `size` does not divide the axis (PyTorch's adaptive
-  average pooling); a map of that size is returned as it is.
+  average pooling); a map of that size is returned unchanged.
   """
   if x.shape[1:3] == (size, size):
     return x

@@ -52,12 +52,12 @@ class Bottleneck(BasicBlock):
 
 
 class ResNet(layers.Encoder):
-  """For images of any size.
+  """A ResNet for images of any size.
 
   Attributes:
     block: `BasicBlock` or `Bottleneck`.
     stage_sizes: blocks per stage; from stage to stage the width doubles and the resolution halves.
-    cifar: 3x3 stem without pooling, for small images.
+    cifar: whether the stem is 3x3 without pooling, for small images.
   """
   block: Any
   stage_sizes: tuple[int, ...]

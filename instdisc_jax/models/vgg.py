@@ -15,7 +15,7 @@ POOLED = 7  # side of the feature map before the linear layers
 
 
 class VGG(layers.Encoder):
-  """For images of at least 32 pixels per side.
+  """VGG16 for images of at least 32 pixels per side.
 
   Attributes:
     batch_norm: whether a batch norm follows every convolution.

@@ -1,1 +1,1 @@
-"""What a run needs from the machine: devices, processes, files, signals and error reports."""
+"""The run's interface to the machine: devices, processes, files, signals and error reports."""

@@ -1,4 +1,4 @@
-"""Saving and restoring the training state; the only file that knows Orbax.
+"""Saving and restoring the training state; the only module that uses Orbax.
 
 A checkpoint holds the complete training state, the bank as its N true rows, so that it can be
 restored on any number of devices: padding belongs to the machine, not to the data. It appears under
@@ -38,8 +38,8 @@ class Checkpoints:
   """The checkpoints of one run, written in the background.
 
   Args:
-    folder: where they are.
-    keep: how many of the newest are kept.
+    folder: the folder of the checkpoints.
+    keep: number of newest checkpoints to keep.
     num_rows: N.
     mesh: the device mesh of the run.
   """
@@ -62,7 +62,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def move_damaged_aside(self) -> None:
-    """Moves checkpoints newer than the newest intact one out of the way, and warns about each.
+    """Moves checkpoints newer than the newest intact one aside, and warns about each.
 
     Raises:
       errors.RunError: all are damaged; nothing is moved.
@@ -94,8 +94,8 @@ class Checkpoints:
 
     Args:
       state: the training state.
-      pending_losses: what `pending_losses` returns later: the losses since the last line of
-        metrics.jsonl, so that the next line is the same with and without a stop.
+      pending_losses: the losses since the last line of metrics.jsonl, to be read back by
+        `pending_losses`, so that the next line is the same with and without a stop.
 
     Raises:
       errors.RunError: this save could not be started, or the previous one failed.
@@ -110,7 +110,7 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(_as_dict(copy)), force=True)
 
   def pending_losses(self) -> list[float]:
-    """What the newest checkpoint was saved with."""
+    """The pending losses that the newest checkpoint was saved with."""
     manifest = self._folder / str(self.latest_step()) / _MANIFEST
     return json.loads(manifest.read_text())['pending_losses']
 
@@ -119,14 +119,14 @@ class Checkpoints:
 
     Args:
       like: a training state of arrays with shardings.
-      step: which one; the newest by default.
+      step: the step of the checkpoint; the newest by default.
 
     Returns:
       A training state on this run's mesh. A bank or class weights that the checkpoint lacks
-      (imported weights) are those of `like`.
+      (imported weights) are taken from `like`.
 
     Raises:
-      errors.UserError: its bank has another number of rows than there are images.
+      errors.UserError: the number of rows in its bank is not the number of images.
     """
     step = self._manager.latest_step() if step is None else step
     assert step is not None, 'there is no checkpoint to restore'
@@ -161,7 +161,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _failing(self) -> Iterator[None]:
-    """Turns whatever a save fails with (in Orbax, TensorStore or the system) into a `RunError`."""
+    """Turns any exception of a save (from Orbax, TensorStore or the system) into a `RunError`."""
     try:
       yield
     except Exception as e:
@@ -174,7 +174,7 @@ class Checkpoints:
   def _write_manifest(self):
     """Called when all files of the new checkpoint are written, before it gets its name."""
     folder = next(self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*'),
-                  self._folder / str(self._saving))  # in a bucket, a file marks it as complete
+                  self._folder / str(self._saving))  # in a bucket, a marker file completes it
     manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
@@ -185,12 +185,12 @@ class Checkpoints:
 
 
 def _of_rows(fn: Callable, state: Any) -> Any:
-  """A state with `fn` applied to the fields that have a row for each image; None stays."""
+  """A state with `fn` applied to the fields that have a row for each image; None is kept."""
   return state.replace(**{name: jax.tree.map(fn, getattr(state, name)) for name in _PER_ROW})
 
 
 def _as_dict(state):
-  """What is stored of a state; most losses have no classifier."""
+  """The stored fields of a state; most losses have no classifier."""
   return {name: part for name, part in vars(state).items()
           if name != 'classifier' or part is not None}
 
@@ -221,7 +221,7 @@ def _hashes(folder):
 
 
 def _damage(folder, steps):
-  """{step: what is wrong with it} from the newest checkpoint to the first intact one."""
+  """{step: fault} of the damaged checkpoints that are newer than the newest intact one."""
   damage = {}
   for step in sorted(steps, reverse=True):
     fault = _fault(folder / str(step))
@@ -232,7 +232,7 @@ def _damage(folder, steps):
 
 
 def _fault(folder):
-  """What is wrong with a checkpoint, in words, or None."""
+  """The fault of a checkpoint, in words; None if it is intact."""
   try:
     expected = json.loads((folder / _MANIFEST).read_text())['sha256']
   except (OSError, ValueError, KeyError, TypeError):
@@ -250,7 +250,7 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
   """The newest intact checkpoint as it was stored, on the host.
 
   Args:
-    folder: the checkpoints of a run.
+    folder: the folder of a run's checkpoints.
     names: the fields to read; by default all.
 
   Returns:
@@ -258,7 +258,7 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
     dicts of NumPy arrays.
 
   Raises:
-    errors.UserError: there is none.
+    errors.UserError: there is no intact checkpoint.
   """
   folder, manager, intact = files.place(folder), None, None
   if folder.is_dir():

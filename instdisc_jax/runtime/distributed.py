@@ -1,4 +1,4 @@
-"""Several processes that work as one, each with its own devices."""
+"""Processes that work as one, each with its own devices."""
 
 from collections.abc import Callable
 import os
@@ -14,13 +14,13 @@ from instdisc_jax.runtime import errors
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None,
                process_id: int | None = None, heartbeat_seconds: int = 100) -> None:
-  """Joins the other processes; to be called before anything asks for devices.
+  """Joins the other processes; must be called before anything uses devices.
 
   Args:
     coordinator: 'HOST:PORT' of process 0. Without it, Slurm, Open MPI, GKE or Cloud TPU provide all
-      three.
-    num_processes: how many there are.
-    process_id: which one this is.
+      three values.
+    num_processes: number of processes.
+    process_id: index of this process.
     heartbeat_seconds: how long a process may be silent before the others end.
 
   Raises:
@@ -55,8 +55,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
 def first_only(action: Callable[[], object]) -> None:
   """Runs `action()` on the first process while the others wait.
 
-  If it fails, the first process ends with the reason, and the others end with it. If a signal stops
-  it, all processes stop.
+  If it fails, the first process ends with the reason, and the others end too. If a signal stops it,
+  all processes stop.
   """
   stopped = None
   if jax.process_index() == 0:
@@ -69,14 +69,14 @@ def first_only(action: Callable[[], object]) -> None:
 
 
 def agree(value: Any) -> Any:
-  """The value that the first process has, on every process; all of them must call this."""
+  """The first process's value, on every process; all processes must call this."""
   if jax.process_count() == 1:
     return value
   return multihost_utils.broadcast_one_to_all(value)
 
 
 def everywhere(mine: bool) -> bool:
-  """Whether it is true on every process; all of them must ask."""
+  """Whether `mine` is true on every process; all processes must call this."""
   if jax.process_count() == 1:
     return mine
   return bool(multihost_utils.process_allgather(np.array(mine)).all())
@@ -88,7 +88,7 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 def interleave(part: np.ndarray, total: int) -> np.ndarray:
-  """Process p has the elements p, p + P, p + 2P, ... of [total]: returns all, on every process."""
+  """Merges the elements p, p + P, p + 2P, ... of each process p into [total], on every process."""
   num_processes = jax.process_count()
   if num_processes == 1:
     return part
@@ -100,9 +100,9 @@ def interleave(part: np.ndarray, total: int) -> np.ndarray:
 def leave(code: int) -> None:
   """Ends this process with an exit code.
 
-  A process that fails leaves immediately. Otherwise JAX would first wait for the other processes,
-  and they for it (they end when they find it gone), and on a full disk libraries would try to write
-  again, with tracebacks.
+  A process that fails exits immediately. Otherwise JAX would first wait for the other processes,
+  and they for this one (they end when they notice that it is gone), and on a full disk libraries
+  would retry their writes, with tracebacks.
   """
   sys.stdout.flush()
   if code == 1 or (jax.distributed.is_initialized() and code not in (0, 75)):

@@ -1,7 +1,7 @@
-"""How a command ends early: each way with one line for the reader and no traceback.
+"""The ways a command ends early, each with one line for the user and no traceback.
 
-A `UserError` is an object. It says what was found, what is required and which setting or argument
-to change; the command that reports it words that setting with its own flag.
+A `UserError` states what was found, what is required and which setting or argument to change; the
+command that reports it names that setting or argument by its own flag.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ _NO_SPACE_TEXTS = ('No space left', 'File too large', 'Disk quota exceeded')
 
 
 class UserError(Exception):
-  """A mistake in what was asked for.
+  """A mistake in the user's input.
 
-  In the remedy, a setting of the configuration stands in angle brackets (`<loss.temperature>`),
-  and so does an argument of a command (`<--workdir>`).
+  In the remedy, settings of the configuration (`<loss.temperature>`) and arguments of a command
+  (`<--workdir>`) are in angle brackets.
 
   Attributes:
     found: what was found, e.g. 'batch_size is 100'.
@@ -31,7 +31,7 @@ class UserError(Exception):
 
   def __init__(self, found: str, required: str | None = None, remedy: str | None = None,
                setting: str | None = None):
-    super().__init__(found, required, remedy, setting)  # all of it, so that it can be pickled
+    super().__init__(found, required, remedy, setting)  # all arguments, so that it can be pickled
     self.found, self.required, self.setting = found, required, setting
     self.remedy = f'set <{setting}>' if remedy is None and setting is not None else remedy
 
@@ -39,11 +39,11 @@ class UserError(Exception):
     return self.worded({})
 
   def worded(self, flags: Mapping[str, str]) -> str:
-    """The line for the reader.
+    """The message, with the flags of a command.
 
     Args:
-      flags: {setting or argument: the command's own flag for it}; a setting is otherwise worded
-        `--config.SETTING`, an argument as it is.
+      flags: {setting or argument: the command's own flag for it}; other settings become
+        `--config.SETTING`, other arguments stay as they are.
     """
     def flag(match: re.Match[str]) -> str:
       name = match[1]
@@ -54,7 +54,7 @@ class UserError(Exception):
             + ('' if remedy is None else f': {remedy}'))
 
   def with_remedy(self, remedy: str) -> 'UserError':
-    """The same mistake with another way out."""
+    """The same error with another remedy."""
     return UserError(self.found, self.required, remedy, self.setting)
 
 
@@ -63,18 +63,18 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-  """A signal stopped the run; everything it had to save is saved."""
+  """A signal stopped the run; its progress is saved."""
 
 
 def exit_code(command: Callable[[], object], flags: Mapping[str, str] | None = None) -> int:
   """Runs `command()`; on failure writes one line to stderr.
 
   Args:
-    command: what to run.
+    command: the function to run.
     flags: see `UserError.worded`.
 
   Returns:
-    0, 2 (a user's mistake), 1 (the run failed) or 75 (stopped by a signal).
+    0, 2 (user error), 1 (the run failed) or 75 (stopped by a signal).
   """
   try:
     command()
@@ -98,18 +98,18 @@ def exit_code(command: Callable[[], object], flags: Mapping[str, str] | None = N
 
 
 def is_no_space(error: BaseException) -> bool:
-  """Whether a full disk, a quota or a size limit is behind an exception of any library."""
+  """Whether a full disk, a quota or a size limit caused an exception of any library."""
   return (getattr(error, 'errno', None) in _NO_SPACE
           or any(text in str(error) for text in _NO_SPACE_TEXTS))
 
 
 def cannot_write(path: object, error: OSError, argument: str) -> Exception:
-  """What to raise for an `OSError` while writing `path`: itself if the disk is full.
+  """The exception to raise for an `OSError` in writing `path`: the same if the disk is full.
 
   Args:
-    path: where it should have been written.
-    error: what went wrong.
-    argument: which argument gave the path, e.g. '--output'.
+    path: the path that was to be written.
+    error: the error that occurred.
+    argument: the argument that named the path, e.g. '--output'.
   """
   if is_no_space(error):
     return error
@@ -118,7 +118,7 @@ def cannot_write(path: object, error: OSError, argument: str) -> Exception:
 
 
 def check_output(output: pathlib.Path, suffixes: tuple[str, ...] = ()) -> None:
-  """Raises `UserError` unless `output`, with one of those suffixes, could be made where it is."""
+  """Raises `UserError` unless `output` has one of the suffixes and its folder exists."""
   if suffixes and output.suffix not in suffixes:
     raise UserError(f"--output is '{output}'", f'a file that ends in {" or ".join(suffixes)}',
                     setting='--output')
@@ -128,7 +128,7 @@ def check_output(output: pathlib.Path, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def warn(text: str) -> None:
-  """A line on stderr, from the first process."""
+  """Prints a warning on stderr, from the first process."""
   if jax.process_index() == 0:
     print(f'warning: {text}', file=sys.stderr, flush=True)
 
@@ -142,7 +142,7 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-  """Why reading or writing failed, in few words."""
+  """Why reading or writing failed, in a few words."""
   return getattr(error, 'strerror', None) or one_line(error)
 
 

@@ -16,21 +16,21 @@ def place(path: str | os.PathLike[str]) -> Place:
   """The path as an object: an absolute `pathlib.Path` for a folder, an `epath.Path` for a bucket.
 
   Raises:
-    errors.UserError: a str, as given by a user, that names a bucket which cannot be reached.
+    errors.UserError: a str, i.e. a user's path, names a bucket that cannot be reached.
   """
   if not in_bucket(path):
     return pathlib.Path(path).absolute()
   asked, path = path, epath.Path(path)
   if not isinstance(asked, str):
     return path
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it also raises what it logs
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it raises the same errors
   try:
     path.exists()
   except ImportError as e:
     raise errors.UserError(
         f"'{path}' is in a bucket, which needs a package that is not installed "
         f'({errors.one_line(e)})', remedy='install it, or use a folder') from e
-  except Exception as e:  # of any library a bucket needs: credentials, network, permissions
+  except Exception as e:  # from any library that a bucket needs: credentials, network, permissions
     raise errors.UserError(
         f"'{path}' cannot be reached ({errors.one_line(e)[:200]})",
         remedy="log in with 'gcloud auth application-default login', or use another place") from e
@@ -43,7 +43,7 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def append(path: Place, text: str) -> None:
-  """Appends text to a file in one call; creates the file if need be."""
+  """Appends text to a file in one call; creates the file if needed."""
   if in_bucket(path):
     path.write_text((path.read_text() if path.exists() else '') + text)
     return
@@ -52,7 +52,7 @@ def append(path: Place, text: str) -> None:
 
 
 def write(path: Place, content: str | bytes) -> None:
-  """Writes a file completely or not at all; a bucket does so by itself."""
+  """Writes a file completely or not at all, which buckets do by themselves."""
   if isinstance(content, str):
     content = content.encode(errors='surrogateescape')
   if in_bucket(path):

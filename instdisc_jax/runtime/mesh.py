@@ -1,7 +1,7 @@
 """The device mesh, and how arrays are laid out on it.
 
 One axis, `data`: the batch and the rows of the memory bank are sharded over it, everything else is
-replicated. Rows are padded to a multiple of the device count; N is the number without padding.
+replicated. Rows are padded to a multiple of the device count; N does not count the padding.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ AXIS = 'data'
 
 
 def make(devices: Sequence[Any] | None = None) -> Mesh:
-  """The one-axis mesh over `devices` (by default all that JAX shows)."""
+  """The one-axis mesh over `devices` (by default all that JAX sees)."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), (AXIS,), devices=devices,
                        axis_types=(jax.sharding.AxisType.Auto,))
@@ -48,7 +48,7 @@ def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def local_slots(mesh: Mesh, total: int) -> np.ndarray:
-  """Which of `total` places along a sharded axis lie on this process's devices, in order."""
+  """The places, out of `total` along a sharded axis, on this process's devices, in order."""
   parts = NamedSharding(mesh, P(AXIS)).addressable_devices_indices_map((total,))
   return np.unique(np.concatenate([np.arange(total)[part] for part in parts.values()]))
 
@@ -58,11 +58,11 @@ def place_local(local: np.ndarray, mesh: Mesh, slots: np.ndarray, total: int,
   """This process's part of a batch as a global array, sharded over the mesh.
 
   Args:
-    local: [b, ...], what lies at `slots`.
+    local: [b, ...], the values at `slots`.
     mesh: the device mesh.
     slots: [b], see `local_slots`.
-    total: places over all processes.
-    lead: axes of size 1 to put before the sharded one.
+    total: number of places, over all processes.
+    lead: number of axes of size 1 to put before the sharded one.
 
   Returns:
     [1, ..., total, ...].

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard events, and a progress line."""
+"""Reports of a run during training: metrics.jsonl, TensorBoard events, and a progress line."""
 
 import json
 import os
@@ -19,11 +19,11 @@ class Metrics:
 
   Args:
     workdir: the run's folder.
-    step: the step that the run continues from. Later lines, left by a run that was stopped after
+    step: the step that the run resumes from. Later lines, left by a run that was stopped after
       its last checkpoint, are dropped, so that no step is reported twice.
 
   Attributes:
-    earlier_seconds: wall-clock time spent before, according to the kept lines.
+    earlier_seconds: wall-clock time spent earlier, according to the kept lines.
     evaluated: steps whose kNN accuracy is in the kept lines.
   """
 
@@ -37,7 +37,7 @@ class Metrics:
     self._path = files.place(workdir) / FILE
     self._lines = [json.dumps(line) + '\n' for line in kept]
     files.write(self._path, ''.join(self._lines))
-    if not files.in_bucket(self._path):  # whose files cannot be appended to
+    if not files.in_bucket(self._path):  # files there cannot be appended to
       self._file = self._path.open('a')
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
@@ -79,7 +79,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-  """The line on the terminal, and above it a line for each evaluation. First process only."""
+  """The progress line on the terminal, below a line for each evaluation; first process only."""
 
   def __init__(self, step: int, total_steps: int):
     self.console = rich_console.Console(soft_wrap=True, highlight=False,
@@ -92,23 +92,23 @@ class Progress:
     self._progress.start()
 
   def advance(self, step: int, epoch: int, loss: float, images_per_second: float | None) -> None:
-    """Shows where the run is."""
+    """Updates the progress line."""
     text = f'epoch {epoch}  loss {loss:.3f}'
     if images_per_second is not None:
       text += f'  {images_per_second:,.0f} images/s'
     self._progress.update(self._task, completed=step, description=text)
 
   def print(self, text: str) -> None:
-    """A line that stays."""
+    """Prints a permanent line above the progress line."""
     self.console.print(text, markup=False)
 
   def close(self) -> None:
-    """Removes the line."""
+    """Removes the progress line."""
     self._progress.stop()
 
 
 def progress_bar(title: str) -> rich_progress.Progress:
-  """A bar on a terminal, nothing elsewhere."""
+  """A progress bar on a terminal, nothing elsewhere."""
   console = rich_console.Console(stderr=True)
   return rich_progress.Progress(
       rich_progress.TextColumn(title), rich_progress.BarColumn(),

@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT are requests to stop: the run saves, and exits with code 75.
 
-    first signal     noted; `poll` and `check` tell the run, in every process
+    first signal     recorded; `poll` and `check` tell the run, in every process
     second signal    the process exits immediately, whatever it is doing
 """
 
@@ -22,9 +22,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watch:
-  """Notes signals while it is entered; a context manager for the main thread.
+  """Records signals while it is entered; a context manager for the main thread.
 
-  Without being entered it notes nothing, but other processes of the run may still ask to stop.
+  Until it is entered it records nothing, but other processes of the run may still request a stop.
 
   Attributes:
     signal: name of the signal that this process received, or None.
@@ -34,7 +34,7 @@ class Watch:
     self.signal: str | None = None
 
   def __enter__(self) -> 'Watch':
-    # A thread reads what the interpreter writes on every signal, so it learns of one even while the
+    # A thread reads what the interpreter writes on every signal, so it notices one even while the
     # main thread waits for a device or a compiler.
     self._pipe = os.pipe()
     for end in self._pipe:
@@ -64,15 +64,15 @@ class Watch:
             file=sys.stderr, flush=True)
 
   def poll(self, mesh: jax.sharding.Mesh) -> bool | jax.Array:
-    """Asks all processes, without waiting, whether one of them has been asked to stop.
+    """Finds out, without waiting, whether any process has been asked to stop.
 
-    Every process must call this at the same places.
+    Every process must call this at the same points.
 
     Args:
       mesh: the device mesh of the run.
 
     Returns:
-      A bool, or a scalar that the devices will fill in: true if one has.
+      A bool, or a scalar that the devices will fill in: true if any has.
     """
     if jax.process_count() == 1:
       return self.signal is not None
@@ -81,10 +81,10 @@ class Watch:
     return _any(jax.make_array_from_callback(mine.shape, flags, lambda part: mine[part]))
 
   def check(self) -> None:
-    """As `poll`, but waits for all processes.
+    """Like `poll`, but waits for all processes.
 
     Raises:
-      errors.Stopped: one has been asked to stop.
+      errors.Stopped: a process has been asked to stop.
     """
     wanted = self.signal is not None
     if jax.process_count() > 1:
@@ -93,7 +93,7 @@ class Watch:
       raise errors.Stopped(f'stopped by {self.name()}: run the same command again to resume')
 
   def check_here(self) -> None:
-    """As `check`, but for this process alone, without asking the others."""
+    """Like `check`, but for this process alone, without asking the others."""
     if self.signal is not None:
       raise errors.Stopped(f'stopped by {self.name()}: run the same command again to resume')
 

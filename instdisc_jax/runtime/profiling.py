@@ -1,4 +1,4 @@
-"""What the compiled step costs, reported at the start, and a trace of some steps."""
+"""The cost of the compiled step, reported at the start, and a trace of some steps."""
 
 import os
 import pathlib
@@ -12,25 +12,25 @@ from instdisc_jax.runtime import files
 # Dense bfloat16 FLOP/s of one device, by the prefix of its name in JAX; from the data sheets.
 _PEAK = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12,
          'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}
-_FIRST_DISPATCH = 3  # the first one traced: those before it warm up
+_FIRST_DISPATCH = 3  # the first dispatch traced; earlier ones warm up
 
 
 def peak(device: Any) -> float | None:
-  """FLOP/s of a device, or None for an unknown kind."""
+  """Peak FLOP/s of a device, or None for an unknown kind."""
   kinds = [kind for kind in _PEAK if device.device_kind.startswith(kind)]
   return _PEAK[max(kinds, key=len)] if kinds else None
 
 
 class Costs:
-  """What one step costs a device, as counted by the compiler.
+  """The cost of one step on a device, as counted by the compiler.
 
   Args:
-    compiled: the step; of several steps in a loop, one is counted.
+    compiled: the compiled step; of several steps in a loop, one is counted.
     seconds: compile time.
-    device: one that it runs on.
+    device: a device that it runs on.
 
   Attributes:
-    flops: of one step on one device, or None where the compiler does not say.
+    flops: FLOPs of one step on one device, or None if the compiler does not report them.
   """
 
   def __init__(self, compiled: jax.stages.Compiled, seconds: float, device: Any):
@@ -62,7 +62,7 @@ class Trace:
 
   Args:
     workdir: the run's folder.
-    steps: how many to trace; None for no trace.
+    steps: number of steps to trace; None for no trace.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], steps: int | None):

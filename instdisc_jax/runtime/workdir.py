@@ -1,4 +1,4 @@
-"""A run's folder: which run it belongs to, and that only one process works in it."""
+"""A run's folder: its configuration, and a lock that keeps other runs out."""
 
 from collections.abc import Collection, Iterator, Mapping
 import contextlib
@@ -20,15 +20,15 @@ def claim(workdir: str | os.PathLike[str], settings: Mapping[str, Any],
           changeable: Collection[str], fingerprint: str) -> Iterator[None]:
   """Creates the run's folder, or checks that it belongs to this run; keeps other runs out.
 
-  The operating system releases the lock when the process ends, in whatever way, so a stale lock
-  stops nobody. If a run has several processes, the first holds the lock. A bucket has no locks:
-  there, nothing keeps two runs apart.
+  The operating system releases the lock when the process ends, in whatever way, so no lock becomes
+  stale. If a run has several processes, the first holds the lock. A bucket has no locks: nothing
+  keeps two runs apart there.
 
   Args:
-    workdir: a path.
-    settings: of the run, {'loss.temperature': 0.1, ...}, as JSON holds them.
+    workdir: the run's folder.
+    settings: the run's settings as in config.json, {'loss.temperature': 0.1, ...}.
     changeable: settings that may differ from those the run was started with.
-    fingerprint: of the training images' source.
+    fingerprint: the fingerprint of the training images.
 
   Raises:
     errors.UserError: it cannot be written, belongs to another run, or is in use.
@@ -51,10 +51,10 @@ def claim(workdir: str | os.PathLike[str], settings: Mapping[str, Any],
 
 
 def read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:
-  """What config.json holds: ({'loss.temperature': 0.1, ...}, the data's fingerprint or None).
+  """The content of config.json: ({'loss.temperature': 0.1, ...}, the data's fingerprint or None).
 
   Raises:
-    errors.UserError: there is no such file, or it is something else.
+    errors.UserError: the file is missing or is not a configuration.
   """
   file = files.place(workdir) / CONFIG
   try:
@@ -95,7 +95,7 @@ def _locked(workdir):
 
 def _check_same_run(workdir, new, changeable, fingerprint):
   old, old_fingerprint = read(workdir)
-  # A workdir made from a checkpoint fixes what the checkpoint fixes; its first run fixes the rest.
+  # An imported workdir holds only the settings of its checkpoint; its first run adds the others.
   for key in sorted(old.keys() - changeable):
     was, asked = old.get(key), new.get(key)
     if was != asked:

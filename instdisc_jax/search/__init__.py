@@ -1,1 +1,1 @@
-"""Searching with a trained encoder: the search page, and embeddings as a file."""
+"""Search with a trained encoder: the search page, and export of embeddings to a file."""

@@ -1,8 +1,8 @@
-"""Embeddings of a folder of images as a file, written in parts, so that a stopped run resumes.
+"""Export of a folder's embeddings to a file, written in parts so that a stopped export can resume.
 
 Until the file is complete, its parts are in a folder beside it:
 
-    identity.json      whose embeddings they are
+    identity.json      the weights and images that they belong to
     0.npy, 1.npy, ...  [1024, D] each, the last one shorter
 """
 
@@ -24,21 +24,21 @@ from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import distributed, errors, metrics, preemption
 
-PART = 1024  # images of a part, whatever the number of devices: a run may resume on others
+PART = 1024  # images per part, whatever the number of devices: a resume may use another
 
 
 def write(model: inference.Model, images: str, output: pathlib.Path, watch: preemption.Watch,
           on_unreadable: str = 'error') -> int:
   """Writes the embeddings of all images of a folder.
 
-  All processes embed; the first one writes. Called again with the same weights and images, it
-  computes only the parts that are missing.
+  All processes compute embeddings; the first one writes them. Another call with the same weights
+  and images computes only the missing parts.
 
   Args:
     model: a trained run.
     images: the folder.
     output: the .npz to write: 'path' [n] str, 'embedding' [n, D] float32 unit-norm, 'index' [n]
-      int32, the bank's row of an image that the run was trained on, else -1.
+      int32, the bank row of an image that the run was trained on, else -1.
     watch: checked after each chunk, in all processes.
     on_unreadable: see `folder.load`.
 
@@ -46,8 +46,8 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
     The number of images.
 
   Raises:
-    errors.UserError: no images, one that cannot be read, or a place that cannot be written.
-    errors.Stopped: a signal came; complete parts are kept.
+    errors.UserError: there are no images, one cannot be read, or the output cannot be written.
+    errors.Stopped: stopped by a signal; completed parts are kept.
   """
   source, _, listing = folder.load(images, on_unreadable, setting='--images')
   _check_same(source, images)
@@ -72,7 +72,7 @@ def _check_same(source, images):
 
 
 def _embed(model, source, first, watch, write_part: Callable[[int, np.ndarray], None]) -> None:
-  """Embeds the images from `first` on and hands them over in parts."""
+  """Embeds the images from `first` on and passes the embeddings on in parts."""
   waiting, number = np.zeros((0, model.config.model.embedding_dim), np.float32), first // PART
   with metrics.progress_bar('embedding') as progress:
     task = progress.add_task('embedding', total=len(source), completed=first)
@@ -107,7 +107,7 @@ class _Parts:
 
   Attributes:
     output: the file.
-    identity: whose embeddings they are.
+    identity: the weights and images that the parts belong to.
   """
   output: pathlib.Path
   identity: dict[str, Any]
@@ -117,7 +117,7 @@ class _Parts:
     return self.output.with_name(self.output.name + '.partial')
 
   def open(self) -> None:
-    """Makes the folder, or takes it as it is if its parts are the same embeddings."""
+    """Creates the folder, or keeps it if its parts belong to the same embeddings."""
     file = self.folder / 'identity.json'
     try:
       same = json.loads(file.read_text()) == self.identity
@@ -134,7 +134,7 @@ class _Parts:
     file.write_text(json.dumps(self.identity))
 
   def count(self) -> int:
-    """How many parts there are, without a gap."""
+    """The number of parts up to the first gap."""
     done = 0
     while self._part(done).exists():
       done += 1
@@ -147,7 +147,7 @@ class _Parts:
     os.replace(partial, self._part(number))
 
   def combine(self, path: np.ndarray, index: Int[np.ndarray, ' n']) -> None:
-    """Writes the file, then removes the folder."""
+    """Writes the parts as one file, then removes the folder."""
     embedding = np.concatenate([np.load(self._part(i)) for i in range(self.count())])
     partial = self.folder / 'all.npz'
     np.savez(partial, path=path, embedding=embedding, index=index)

@@ -10,18 +10,18 @@ import numpy as np
 
 from instdisc_jax.evaluation import knn
 
-_CROWD = 5  # nearest rows that decide whether a row is an outlier
+_CROWD = 5  # number of nearest rows that decide whether a row is an outlier
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """How much is searched.
+  """Size limits of a search.
 
   Attributes:
-    neighbors: of each image.
-    full: the most rows of a bank for which all are shown.
-    scanned: the most rows that are scanned for near-duplicates and outliers.
-    listed: the most near-duplicates, and the most outliers, that are listed.
+    neighbors: neighbors per image.
+    full: size of the largest bank whose rows are all shown.
+    scanned: maximum number of rows scanned for near-duplicates and outliers.
+    listed: maximum number of near-duplicates, and of outliers, to list.
   """
   neighbors: int = 20
   full: int = 5000
@@ -43,12 +43,12 @@ class Nearest:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """Rows that are shown, and the nearest of each.
+  """The rows shown, and the nearest rows of each.
 
   Attributes:
     rows: [n] int, ascending.
-    nearest: of each.
-    restricted: [m] int, those whose neighbors are the nearest among `rows`, not in the full bank.
+    nearest: the nearest rows of each.
+    restricted: [m] int, rows whose neighbors were searched among `rows`, not in the full bank.
   """
   rows: Int[np.ndarray, ' n']
   nearest: Nearest
@@ -56,7 +56,7 @@ class Shown:
 
 
 def spread(n: int, most: int) -> Int[np.ndarray, ' m']:
-  """Up to `most` of 0..n-1, evenly spread."""
+  """Up to `most` indices from 0..n-1, evenly spread."""
   return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
@@ -73,13 +73,13 @@ def of_rows(rows: Int[np.ndarray, ' n'], bank: Float[np.ndarray, 'N D'], k: int)
 
 def of_shown(exact: Int[np.ndarray, ' e'], others: Int[np.ndarray, ' o'],
              bank: Float[np.ndarray, 'N D'], k: int) -> Shown:
-  """The nearest rows for all rows that are shown.
+  """The nearest rows of every row shown.
 
   Args:
-    exact: [e] rows, at least one, whose nearest are found in the full bank; those are shown, too.
-    others: [o] further rows that are shown; their nearest are found among all that are shown.
+    exact: [e] rows, at least one; their neighbors are searched in the full bank, and shown too.
+    others: [o] further rows to show; their neighbors are searched among all rows shown.
     bank: [N, D] unit-norm.
-    k: neighbors of each, at most N - 1.
+    k: neighbors per row, at most N - 1.
   """
   exact = np.unique(exact)
   found = of_rows(exact, bank, k)
@@ -98,10 +98,10 @@ def of_shown(exact: Int[np.ndarray, ' e'], others: Int[np.ndarray, ' o'],
 
 def scan(bank: Float[np.ndarray, 'N D'], seed: int,
          most: int) -> tuple[Int[np.ndarray, ' n'], Nearest]:
-  """The nearest few of all rows, or of `most` of them, chosen by the seed.
+  """The few nearest rows of every row, or of a seeded sample of `most` rows.
 
   Returns:
-    ([n] rows, ascending; their nearest in the full bank).
+    (rows [n], ascending; their nearest rows in the full bank).
   """
   rows = np.arange(len(bank))
   if len(rows) > most:
@@ -120,7 +120,7 @@ def duplicates(rows: Int[np.ndarray, ' n'], nearest: Nearest,
 
 
 def outliers(rows: Int[np.ndarray, ' n'], nearest: Nearest, most: int) -> list[tuple[int, float]]:
-  """The rows of a scan that are least similar to any other: [(row, mean of its similarities)]."""
+  """The rows of a scan that are least similar to the others: [(row, mean similarity)]."""
   mean = nearest.similarity.mean(axis=1)
   return [(int(rows[i]), float(mean[i])) for i in np.argsort(mean, kind='stable')[:most]]
 

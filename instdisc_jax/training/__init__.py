@@ -1,1 +1,1 @@
-"""Training: the state, the step, what happens after which step, and the loop around it."""
+"""Training: the state, the step, the schedule of events, and the loop."""

@@ -1,4 +1,4 @@
-"""A checkpoint of another project becomes a workdir."""
+"""Import of another project's checkpoint as a workdir."""
 
 import math
 import os
@@ -22,18 +22,18 @@ __all__ = ['import_checkpoint']
 
 
 def import_checkpoint(file: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> list[str]:
-  """Makes a workdir from a PyTorch checkpoint, for training and evaluation.
+  """Creates a workdir from a PyTorch checkpoint, for training and evaluation.
 
-  The bank, Z, SGD's momentum and the epoch are imported if the file has them; its settings are
-  fixed in config.json, all others are free until the first run.
+  The bank, Z, SGD's momentum and the epoch are imported if the file has them. The settings that it
+  implies are fixed in config.json; all others are free until the first run.
 
   Args:
-    file: a checkpoint of the published code, or with the weights of a known encoder in the layout
-      of torchvision, MoCo, PyContrast, VISSL or MMSelfSup.
+    file: a checkpoint of the published code, or one with the weights of a known encoder in the
+      layout of torchvision, MoCo, PyContrast, VISSL or MMSelfSup.
     workdir: a folder that does not exist yet, or an empty one.
 
   Returns:
-    Lines that say what was found.
+    Lines that describe what was found.
 
   Raises:
     errors.UserError: the file holds no known encoder, or the folder is not new or cannot be
@@ -52,7 +52,7 @@ def import_checkpoint(file: str | os.PathLike[str], workdir: str | os.PathLike[s
 
 
 def _check_new(workdir):
-  """The absolute path of a workdir that can be made."""
+  """The absolute path of a workdir that can be created."""
   if files.in_bucket(workdir):
     raise errors.UserError(f"--workdir is '{workdir}'", 'a local folder, which can be copied to a '
                            'bucket afterwards', setting='--workdir')
@@ -64,7 +64,7 @@ def _check_new(workdir):
 
 
 def _settings(found: checkpoints.Checkpoint) -> dict[str, Any]:
-  """What the checkpoint fixes: {'model.name': ..., ...}."""
+  """The settings that the checkpoint fixes: {'model.name': ..., ...}."""
   cifar = found.model_name.endswith('_cifar')
   config: Any = config_lib.default()
   if not cifar:
@@ -74,7 +74,7 @@ def _settings(found: checkpoints.Checkpoint) -> dict[str, Any]:
       'model.embedding_dim': found.embedding_dim,
       'augment.mean': list(config.augment.mean), 'augment.std': list(config.augment.std)}
   if found.bank is not None:
-    settings['batch_size'] = 128 if cifar else 256  # as published, so that epochs become steps
+    settings['batch_size'] = 128 if cifar else 256  # as published, to convert epochs to steps
   return settings
 
 
@@ -110,7 +110,7 @@ def _write(workdir: pathlib.Path, settings: dict[str, Any], state: state_lib.Tra
 
 
 def _describe(found: checkpoints.Checkpoint, settings: dict[str, Any], step: int) -> list[str]:
-  """What was found, for the reader."""
+  """Lines for the user that describe what was found."""
   head = ('from the file' if found.has_head
           else 'fresh: the file has no single linear layer to an embedding')
   lines = [f'encoder: {found.model_name}, width {found.width}, embedding of '

@@ -16,32 +16,32 @@ def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
         watch: preemption.Watch, evaluate: Callable[[TrainState], float | None]) -> TrainState:
   """Trains from `state.step` to the end of the run.
 
-  Dispatch, settle the dispatch before, and after some steps evaluate, save, or stop. Nothing is
-  fetched from the devices between steps except the metrics of the previous dispatch. A checkpoint
-  is written only if all its values are finite.
+  Each iteration dispatches steps and settles the previous dispatch; after some steps it evaluates,
+  saves, or stops. Nothing is fetched from the devices between steps except the metrics of the
+  previous dispatch. A checkpoint is written only if all its values are finite.
 
   Args:
-    state: donated.
-    setup: what the run is.
-    feed: where its batches come from.
-    plan: what happens after which step.
-    checkpoints: of the run.
-    monitor: checks and logs what is measured.
-    trace: of the profiler.
-    watch: for signals.
+    state: the state to start from; donated.
+    setup: the fixed parts of the run.
+    feed: the source of batches.
+    plan: the schedule of events.
+    checkpoints: the run's checkpoints.
+    monitor: checks and logs the metrics.
+    trace: the profiler's trace.
+    watch: watches for signals.
     evaluate: state -> kNN top-1, or None without labels.
 
   Returns:
     The trained state.
 
   Raises:
-    errors.RunError: a value that is not finite.
-    errors.Stopped: a signal came; the state is saved.
+    errors.RunError: a value is not finite.
+    errors.Stopped: stopped by a signal; the state is saved.
   """
   run_steps: Any = step_lib.over_mesh(setup, feed)
   step, running, compiled = int(state.step), None, False
   watch.check()
-  if plan.evaluates(step) and not monitor.has_evaluated(step):  # a signal came in between
+  if plan.evaluates(step) and not monitor.has_evaluated(step):  # a signal interrupted it
     monitor.evaluated(step, evaluate(state))
   while step < plan.end:
     count = plan.steps_to_next_event(step, feed.per_dispatch)

@@ -1,6 +1,6 @@
-"""Watching a run: what is measured is checked, warned about and logged.
+"""Monitoring of a run: its metrics are checked and logged.
 
-What a dispatch measured is fetched one dispatch later, so the devices never wait for the host.
+The metrics of a dispatch are fetched one dispatch later, so the devices never wait for the host.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +23,13 @@ _COLLAPSED = 0.99  # norm of the mean embedding above which an encoder counts as
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-  """Steps that were sent to the devices together.
+  """Steps that were dispatched to the devices together.
 
   Attributes:
-    step: steps taken when they are done.
-    count: how many they are.
-    history: {metric: [S]}, of which the first `count` are theirs.
-    stop: whether a signal came before they were sent; see `preemption.Watch.poll`.
+    step: steps taken once they are done.
+    count: number of steps.
+    history: {metric: [S]}, of which the first `count` values are filled.
+    stop: whether a signal arrived before the dispatch; see `preemption.Watch.poll`.
   """
   step: int
   count: int
@@ -38,21 +38,21 @@ class Dispatch:
 
 
 class Monitor:
-  """Checks and logs what a run measures.
+  """Checks and logs the metrics of a run.
 
   Args:
-    setup: what the run is.
-    plan: when a line is logged.
-    lines: metrics.jsonl.
-    progress: the terminal.
-    pending_losses: of the steps since the last line, from before the run was resumed.
+    setup: the fixed parts of the run.
+    plan: the schedule of log lines.
+    lines: the writer of metrics.jsonl.
+    progress: the terminal output.
+    pending_losses: losses since the last line, from before the run was resumed.
     wall_clock: () -> seconds since the run began.
     last_saved: () -> the step of the newest checkpoint, or None.
 
   Attributes:
-    losses: of the steps since the last line.
-    final_loss: of the last step, over the global batch; None if no step was taken.
-    timer: images per second.
+    losses: losses of the steps since the last line.
+    final_loss: loss of the last step, over the global batch; None if no step was taken.
+    timer: measures images per second.
   """
 
   def __init__(self, setup: Setup, plan: Plan, *, lines: metrics.Metrics,
@@ -67,18 +67,18 @@ class Monitor:
     self._collapsed = False
 
   def compiled(self, costs: profiling.Costs) -> None:
-    """Reports what the step costs."""
+    """Reports the cost of the step."""
     self._costs = costs
     self._progress.print(f'the step: {costs}')
 
   def settle(self, dispatch: Dispatch) -> bool:
-    """Waits for a dispatch, checks and logs what it measured.
+    """Waits for a dispatch, then checks and logs its metrics.
 
     Returns:
-      Whether a signal came before it.
+      Whether a signal arrived before the dispatch.
 
     Raises:
-      errors.RunError: something that it measured is not finite.
+      errors.RunError: one of the metrics is not finite.
     """
     history = {name: np.asarray(value)[:dispatch.count] for name, value in dispatch.history.items()}
     first = dispatch.step - dispatch.count
@@ -133,7 +133,7 @@ class Monitor:
 
 
 class Timer:
-  """Images per second, and the share of time spent waiting for them; pauses are left out."""
+  """Images per second, and the share of time spent waiting for input; pauses are excluded."""
 
   def __init__(self):
     self._mark: float | None = None
@@ -144,14 +144,14 @@ class Timer:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Around what waits for the input."""
+    """Context manager for code that waits for the input."""
     start = time.monotonic()
     yield
     if self._mark is not None:
       self._waited += time.monotonic() - start
 
   def count(self, images: int) -> None:
-    """Called when `images` more have been trained on."""
+    """Records that `images` more have been trained on."""
     now = time.monotonic()
     if self._mark is not None:
       seconds = now - self._mark
@@ -163,20 +163,20 @@ class Timer:
     self._mark, self._waited = now, 0
 
   def restart(self) -> None:
-    """Leaves out the time since the last `count`."""
+    """Excludes the time since the last `count`."""
     if self._mark is not None:
       self._mark, self._waited = time.monotonic(), 0
 
   def rate(self) -> float | None:
-    """Images per second of late; None before there is any figure."""
+    """Recent images per second; None before the first measurement."""
     return self.mean() if self._recent is None else self._recent
 
   def mean(self) -> float | None:
-    """Images per second of the whole run; None before there is any figure."""
+    """Mean images per second of the full run; None before the first measurement."""
     return self._images / self._seconds if self._seconds else None
 
   def waiting_share(self) -> float | None:
-    """Share of the time since the last call that was spent waiting; None if none was counted."""
+    """Share of the time since the last call that was spent waiting; None if no time was counted."""
     (waited, seconds), self._since_line = self._since_line, [0.0, 0.0]
     return waited / seconds if seconds else None
 

@@ -15,7 +15,7 @@ def total_steps(config: config_lib.Config, num_rows: int) -> int:
 
 
 def learning_rate_schedule(config: config_lib.Config, num_rows: int) -> optax.Schedule:
-  """Step -> learning rate: divided at each milestone, in epochs (epoch of step t = t·B // N).
+  """Step -> learning rate, which decays at each milestone, in epochs (epoch of step t = t·B // N).
 
   With the schedule `cosine` it rises over `warmup_epochs` and falls to 0 at the end of the run.
   """

@@ -1,4 +1,4 @@
-"""What happens after which step of a run: pure functions of the step."""
+"""The schedule of a run's events, as pure functions of the step."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from instdisc_jax.training import optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The schedule of a run's events.
+  """The intervals of a run's events.
 
   Attributes:
     batch_size: B.
@@ -28,7 +28,7 @@ class Plan:
 
   @classmethod
   def of(cls, config: config_lib.Config, num_rows: int) -> 'Plan':
-    """As configured."""
+    """The plan of a configuration."""
     return cls(config.batch_size, num_rows, optimizer.total_steps(config, num_rows),
                config.log_every_steps, config.knn.every_epochs, config.checkpoint.every_steps)
 
@@ -37,7 +37,7 @@ class Plan:
     return step * self.batch_size // self.num_rows
 
   def ends_epoch(self, step: int) -> bool:
-    """Whether an epoch was completed in this step."""
+    """Whether this step completed an epoch."""
     return step > 0 and self.epoch(step) > self.epoch(step - 1)
 
   def logs(self, step: int) -> bool:
@@ -56,13 +56,13 @@ class Plan:
             and self.epoch(step) // every > self.epoch(step - 1) // every)
 
   def steps_to_next_event(self, step: int, most: int) -> int:
-    """How many steps to dispatch together after `step`: up to the next line or checkpoint.
+    """How many steps to dispatch together after `step`: up to the next log line or checkpoint.
 
-    Evaluations end an epoch, and every end of an epoch has a line.
+    Evaluations happen at the end of an epoch, which always has a log line.
 
     Args:
-      step: steps taken, before the end.
-      most: an upper limit.
+      step: steps taken, fewer than `end`.
+      most: an upper limit on the result.
     """
     return next(i for i in range(1, most + 1)
                 if i == most or self.logs(step + i) or self.saves(step + i))

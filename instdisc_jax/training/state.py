@@ -24,17 +24,17 @@ from instdisc_jax.training import optimizer as optimizer_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything that changes during training; with the configuration, it is the whole checkpoint.
+  """Everything that changes during training; with the configuration, all that a resume needs.
 
   Attributes:
     step: int32 scalar, optimizer steps taken.
-    params: of the encoder, replicated.
+    params: the encoder's parameters, replicated.
     batch_stats: running batch-norm statistics, replicated.
-    opt_state: of the optimizer, replicated.
+    opt_state: the optimizer's state, replicated.
     bank: [N padded to a multiple of the device count, D], rows sharded over the mesh.
     normalizer: scalar, NCE's Z; 0 until it is first estimated.
-    classifier: of the parametric softmax, sharded like the bank: {'weights', 'momentum'}; else
-      None.
+    classifier: class weights of the parametric softmax, sharded like the bank: {'weights',
+      'momentum'}; else None.
   """
   step: jax.Array
   params: Any
@@ -52,7 +52,7 @@ SPECS = TrainState(**_SPECS)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What a run is, decided once before it starts.
+  """The fixed parts of a run, determined once before it starts.
 
   Attributes:
     config: the run's configuration, filled.
@@ -69,12 +69,12 @@ class Setup:
 
   @classmethod
   def of(cls, config: config_lib.Config, num_rows: int, mesh: jax.sharding.Mesh) -> 'Setup':
-    """With the encoder and the optimizer that the configuration names."""
+    """A setup with the encoder and the optimizer that the configuration names."""
     return cls(config, create_encoder(config), optimizer_lib.make(config, num_rows), num_rows, mesh)
 
   @property
   def wide(self) -> Any:
-    """The type of what stays precise when `model.dtype` is not: float32, or float64."""
+    """The dtype of values kept at full precision: float32, or float64 if `model.dtype` is."""
     return jnp.promote_types(self.config.model.dtype, jnp.float32)
 
 
@@ -87,14 +87,14 @@ def create_encoder(config: config_lib.Config) -> nn.Module:
 
 
 def make_init(setup: Setup, view_size: tuple[int, int]) -> Callable[[], TrainState]:
-  """What makes a fresh state, created directly in its shardings; compiled at its first call.
+  """A function that creates a fresh state directly in its shardings; compiled on its first call.
 
   Args:
-    setup: what the run is.
+    setup: the fixed parts of the run.
     view_size: (height, width) of the views.
 
   Returns:
-    () -> the state; the same values whatever the mesh.
+    () -> the state, with the same values on any mesh.
   """
   config, mesh = setup.config, setup.mesh
 
@@ -116,7 +116,7 @@ def make_init(setup: Setup, view_size: tuple[int, int]) -> Callable[[], TrainSta
         bank=mesh_lib.pad_rows(bank, mesh.size), normalizer=jnp.zeros((), setup.wide),
         classifier=classifier)
 
-  # XLA:CPU spends seconds on optimizing the random numbers of every layer; this runs once.
+  # XLA:CPU spends seconds optimizing the random numbers of every layer, and this runs only once.
   options: Any = {'xla_backend_optimization_level': 0} if mesh_lib.on_cpu(mesh) else None
   return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)),
                  compiler_options=options)

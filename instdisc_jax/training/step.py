@@ -2,8 +2,8 @@
 
     device k holds   the replicated state, its rows of the bank, and B / devices images of the batch
 
-Random numbers come from (seed, place in the chain of images, image index), never from a device's
-position, so the number of devices changes nothing but the speed (with synchronized batch norm).
+Random numbers depend on (seed, place in the chain of images, image index), never on the device, so
+with synchronized batch norm the number of devices affects only the speed.
 """
 
 from collections.abc import Callable
@@ -32,16 +32,16 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
   """One device's part of a step: augment -> encode -> loss with bank -> update. Pure.
 
   Args:
-    state: the bank being this device's rows.
+    state: the training state, its bank being this device's rows.
     batch: this device's part: 'index' [B / devices], and 'image' or 'view' [B / devices, H, W, 3]
       uint8, see `data.feeds`.
-    setup: what the run is.
+    setup: the fixed parts of the run.
 
   Returns:
     (state, metrics): metrics are scalars over the global batch, see `update`.
   """
   config, index = setup.config, batch['index']
-  # Places in the chain of images; they wrap around at 2^32, where only the index tells them apart.
+  # Places in the chain of images; they wrap around at 2^32, then only the index tells them apart.
   first = lax.axis_index(AXIS).astype(jnp.uint32) * index.size
   slot = first + jnp.arange(index.size, dtype=jnp.uint32)
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
@@ -53,7 +53,7 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
     features, updated = setup.encoder.apply(
         {'params': params, 'batch_stats': batch_stats}, images, train=True, mutable=['batch_stats'])
     batch_stats = updated.get('batch_stats', {})
-    if not config.model.sync_batch_norm:  # each device has seen its own part: keep their mean
+    if not config.model.sync_batch_norm:  # each device saw only its own part: average them
       batch_stats = lax.pmean(batch_stats, AXIS)
     return features, batch_stats
 
@@ -82,7 +82,7 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
 
   With `accumulate_steps` the batch goes through the encoder in parts; parameters and bank are
   updated once, from all of them. Every part sees the bank as it was before the step; batch-norm
-  statistics and Z move from part to part.
+  statistics and Z are updated from part to part.
 
   Args:
     state: the state before the step.
@@ -95,11 +95,11 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
     num_rows: the true N.
     axis_name: mesh axis, or None.
     accumulate_steps: parts of the batch; divides B.
-    unroll: whether the parts are written out instead of looped over; for CPUs.
+    unroll: whether to unroll the loop over the parts; for CPUs.
 
   Returns:
     (state, metrics): 'loss', 'grad_norm', 'feature_mean_norm' (1 if all features are identical),
-    and where they apply 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
+    and where applicable 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
     estimate over the Z in use).
   """
   shared: Any = dict(axis_name=axis_name, num_rows=num_rows)
@@ -156,7 +156,7 @@ def _objective(params, batch_stats, normalizer, images, index, noise_index, *, s
 
 
 def _loss(features, index, noise_index, normalizer, *, state, loss, **shared):
-  """(loss [B], Z, metrics) by the configured loss."""
+  """(loss [B], Z, metrics) of the configured loss."""
   shared['temperature'] = loss.temperature
   match loss.name:
     case 'softmax':
@@ -184,7 +184,7 @@ def _mean(x, axis_name):
 
 
 def _update_classifier(classifier, gradient, optimizer, step):
-  """The class weights after a step of the encoder's optimizer; its state for them is sharded."""
+  """The class weights after an update by the encoder's optimizer; their momentum is sharded."""
   weights = classifier['weights']
   opt_state = optax.tree.set(optimizer.init(weights), trace=classifier['momentum'], count=step)
   updates, opt_state = optimizer.update(gradient.astype(weights.dtype), opt_state, weights)
@@ -199,10 +199,10 @@ def mean_norm(features: Float[Array, 'B D'], axis_name: str | None) -> Float[Arr
 
 
 def _after(index, metric):
-  """`index`, but not before `metric` is known.
+  """`index`, made to depend on `metric`.
 
-  Everything that reads the bank goes into the metrics. If XLA knows that it comes before the rows
-  are written, it writes them in place; otherwise it copies the bank. (It ignores an
+  Every read of the bank contributes to the metrics. If XLA knows that all reads precede the update
+  of the rows, it updates them in place; otherwise it copies the bank. (It ignores an
   `optimization_barrier` here.)
   """
   never = (metric > 1) & (metric < -1)
@@ -213,7 +213,7 @@ def _unrolled_scan(body, carry, inputs):
   """`lax.scan` without a loop.
 
   Not `lax.scan(..., unroll=True)`: that leaves a loop of one iteration, and XLA:CPU uses its fast
-  kernels only for convolutions that are outside of loops from the start.
+  kernels only for convolutions that were never inside a loop.
   """
   outputs = []
   for i in range(len(jax.tree.leaves(inputs)[0])):
@@ -237,7 +237,7 @@ def _in_parts(inputs, num_parts, axis_name):
 
 
 def _next_normalizer(loss, normalizer, estimate):
-  """Z for this step; the state holds 0 before the first."""
+  """Z for this step; the state holds 0 before the first step."""
   if loss.normalizer == 'first_batch':
     return jnp.where(normalizer > 0, normalizer, estimate)
   if loss.normalizer == 'ema':
@@ -252,8 +252,8 @@ def train_steps(state: TrainState, inputs: Any, num_steps: Int[Array, ''], *, st
 
   Args:
     state: the state before them.
-    inputs: what the feed has put on the device: up to S batches.
-    num_steps: how many of them to use, 1..S.
+    inputs: the feed's inputs on the device: up to S batches.
+    num_steps: number of batches to use, 1..S.
     step_fn: (state, batch) -> (state, metrics).
     take: (inputs, i) -> the i-th batch.
 
@@ -276,10 +276,10 @@ def train_steps(state: TrainState, inputs: Any, num_steps: Int[Array, ''], *, st
 
 
 def over_mesh(setup: Setup, feed: Any, step_fn: Callable = train_step) -> Any:
-  """`train_steps` over the mesh, compiled once, its state donated.
+  """`train_steps` over the mesh, compiled once, with the state donated.
 
   Args:
-    setup: what the run is.
+    setup: the fixed parts of the run.
     feed: a feed or its class, see `data.feeds`.
     step_fn: (state, batch, setup) -> (state, metrics).
 

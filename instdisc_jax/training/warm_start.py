@@ -1,4 +1,4 @@
-"""Starting from weights, or from the weights and the bank of an earlier run (`model.init`)."""
+"""Warm start from weights, or from the weights and the bank of an earlier run (`model.init`)."""
 
 from collections.abc import Callable
 import os
@@ -36,7 +36,7 @@ def read_weights(config: config_lib.Config) -> dict[str, Any]:
   place = config.model.init
   try:
     found, variables = _read(place, config.model.embedding_dim)
-  except errors.UserError as e:  # the place has another name in the commands that read it
+  except errors.UserError as e:  # worded for other commands: name `model.init` instead
     if e.remedy is not None and '<--' not in e.remedy:
       raise
     raise errors.UserError(e.found, e.required, _REMEDY, 'model.init') from e
@@ -65,7 +65,7 @@ def _read(place, embedding_dim):
 
 
 def with_weights(state: TrainState, weights: dict[str, Any] | None) -> TrainState:
-  """A fresh state with other weights, on the same devices; unchanged with None."""
+  """A fresh state with other weights, on the same devices; unchanged if they are None."""
   if weights is None:
     return state
   put = lambda new, old: jax.make_array_from_callback(
@@ -77,15 +77,16 @@ def with_weights(state: TrainState, weights: dict[str, Any] | None) -> TrainStat
 def with_rows(state: TrainState, place: str, dataset: data.Dataset,
               embed: Callable[[TrainState, data.Images], Float[np.ndarray, 'n D']],
               mesh: jax.sharding.Mesh) -> TrainState:
-  """A fresh state whose bank continues that of an earlier run.
+  """A fresh state that inherits the bank of an earlier run.
 
-  Images that the run knew keep their rows (files: by path and size; other data: by the fingerprint
-  of all); new ones get their own features. Class weights, if both runs have them, continue too.
+  Images known to the earlier run keep their rows (files are matched by path and size, other data by
+  the fingerprint of the full set); new images get their embeddings as rows. Class weights are
+  inherited too if both runs have them.
 
   Args:
-    state: with its weights already, see `with_weights`.
-    place: model.init; from a file, only the weights are used.
-    dataset: of the new run.
+    state: a state that already has its weights, see `with_weights`.
+    place: model.init; for a file, only the weights are used.
+    dataset: the new run's data.
     embed: (state, images [n]) -> their embeddings.
     mesh: the device mesh.
 
