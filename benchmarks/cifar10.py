@@ -1,4 +1,4 @@
-"""CIFAR-10 training from start to end: kNN top-1 against wall time.
+"""CIFAR-10 training from start to finish: kNN top-1 against wall time.
 
     python benchmarks/cifar10.py --data=tfds:cifar10 [--recipe=published] [--epochs=...]
 
@@ -12,8 +12,8 @@ import tempfile
 
 import common
 
-from instdisc_jax import main as train_main
-from instdisc_jax import metrics
+from instdisc_jax import cli, experiment
+from instdisc_jax.runtime import metrics
 
 RECIPES = {'published': 'cifar10', 'nce': 'cifar10_nce', 'fast': 'cifar10_fast'}
 
@@ -24,7 +24,7 @@ def main():
   parser.add_argument('--data', default='tfds:cifar10')
   parser.add_argument('--data_dir')
   parser.add_argument('--recipe', choices=RECIPES, default='published')
-  parser.add_argument('--workdir', help='kept, and resumed; by default a temporary folder')
+  parser.add_argument('--workdir', help='kept and resumed; default: a temporary folder')
   parser.add_argument('--width', type=int, default=64)
   parser.add_argument('--epochs', type=int)
   parser.add_argument('--limit', type=int)
@@ -35,10 +35,10 @@ def main():
     workdir = args.workdir or f'{folder}/run'
     given = {'dataset.name': args.data, 'dataset.data_dir': args.data_dir, 'epochs': args.epochs,
              'dataset.limit': args.limit, 'model.dtype': args.dtype, 'model.width': args.width}
-    _, config = train_main.parse([
-        f'--config={common.ROOT / "configs" / RECIPES[args.recipe]}.py', f'--workdir={workdir}',
-        *(f'--config.{key}={value}' for key, value in given.items() if value is not None)])
-    summary = train_main.run(config, workdir)
+    config = cli.read_config(
+        f'{common.ROOT}/configs/{RECIPES[args.recipe]}.py',
+        [f'--config.{key}={value}' for key, value in given.items() if value is not None])
+    summary = experiment.run(config, workdir)
     lines = metrics.read(workdir)
   seconds = {line['epoch']: line['wall_seconds'] for line in lines if 'wall_seconds' in line}
   curve = [{'epoch': line['epoch'], 'seconds': seconds.get(line['epoch']),

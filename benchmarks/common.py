@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, timing, tables and JSON."""
+"""Shared by the benchmarks: a description of the machine, timing, tables and JSON."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def environment():
-  """What a figure depends on besides the code, and which code it was."""
+  """What a result depends on: the code's commit, the machine and the versions."""
   git = lambda *args: subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True,
                                      check=False).stdout.strip()
   versions = {}
@@ -45,7 +45,7 @@ def _processor():
 
 
 def seconds(fn, repeats=5, warm_up=1):
-  """Median wall time of `fn()`, whose result is waited for if it is JAX's."""
+  """Median wall time of `fn()`, until its result is ready if it is a JAX array."""
   times = []
   for i in range(warm_up + repeats):
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""kNN of the demo under each loss: the README's table.
+"""kNN of the demo with each loss: the table of docs/results/measured.md.
 
     python benchmarks/demo_losses.py [--epochs=N] [--seed=S]
 
 Trains configs/digits.py with the full softmax, NCE (alone, with the proximal term, and with other
-ways to choose Z) and the sampled softmax, each from scratch; about two minutes a row on two CPU
+ways to choose Z) and the sampled softmax, each from scratch; about two minutes per row on two CPU
 cores. Writes benchmarks/results/demo_losses.json.
 """
 
@@ -16,7 +16,7 @@ import common
 from rich import console as rich_console
 from rich import table as rich_table
 
-from instdisc_jax import main
+from instdisc_jax import cli, experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOSSES = {
@@ -25,8 +25,8 @@ LOSSES = {
     'the same, proximal λ = 30': ['--config.loss.name=nce', '--config.loss.proximal_weight=30'],
     'sampled softmax, M = 512': ['--config.loss.name=sampled_softmax'],
     'NCE, Z of the first batch': ['--config.loss.name=nce', '--config.loss.normalizer=first_batch'],
-    'NCE, Z followed, decay 0.99': ['--config.loss.name=nce', '--config.loss.normalizer=ema'],
-    'NCE, Z followed, decay 0.9': ['--config.loss.name=nce', '--config.loss.normalizer=ema',
+    'NCE, Z averaged, decay 0.99': ['--config.loss.name=nce', '--config.loss.normalizer=ema'],
+    'NCE, Z averaged, decay 0.9': ['--config.loss.name=nce', '--config.loss.normalizer=ema',
                                    '--config.loss.normalizer_decay=0.9'],
 }
 KEPT = ('knn_top1', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss', 'steps',
@@ -34,12 +34,11 @@ KEPT = ('knn_top1', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss', 'step
 
 
 def measure(overrides, epochs, seed):
-  """Trains one row of the table; returns the kept part of its summary."""
+  """Trains for one row of the table; returns what is kept of its summary."""
+  config = cli.read_config(f'{ROOT}/configs/digits.py', [
+      f'--config.seed={seed}', *([f'--config.epochs={epochs}'] if epochs else []), *overrides])
   with tempfile.TemporaryDirectory() as folder:
-    args, config = main.parse([
-        f'--config={ROOT / "configs" / "digits.py"}', f'--workdir={folder}/run',
-        f'--config.seed={seed}', *([f'--config.epochs={epochs}'] if epochs else []), *overrides])
-    summary = main.run(config, args.workdir)
+    summary = experiment.run(config, f'{folder}/run')
   return {key: summary[key] for key in KEPT}
 
 
@@ -55,7 +54,7 @@ def report(rows, seed):
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--epochs', type=int, help='fewer than the demo, to try the script')
+  parser.add_argument('--epochs', type=int, help='fewer than in the demo, to try the script')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--output', default=ROOT / 'benchmarks' / 'results' / 'demo_losses.json')
   args = parser.parse_args()

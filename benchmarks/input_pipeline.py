@@ -1,13 +1,13 @@
-"""Images a second and core, from JPEG files to a ready uint8 batch at 224, beside plain PIL.
+"""Images per second and core, from JPEG files to a uint8 batch at 224 pixels, beside plain PIL.
 
     python benchmarks/input_pipeline.py --images=FOLDER
 
-Both read the same files, draw the same crops (20 to 100% of the area) and give [B, 224, 224, 3]
+Both read the same files, draw the same crops (20 to 100% of the area) and return [B, 224, 224, 3]
 uint8. PIL: decode, crop, resize (bilinear with antialiasing), as torchvision's RandomResizedCrop
-does it, one process. Ours: `stream.load_batch`, in this process, and through Grain with 1 and 2
-worker processes. Rates are over processor time where one process is compared with another (other
-work on the machine does not disturb them), and over wall time with workers. The last rows are the
-share of `configs/folder.py`'s step that waits for its input, on this machine.
+does, in one process. Ours: `feeds.load_batch`, in this process, and through Grain with 1 and 2
+worker processes. Single processes are compared by processor time, which other work on the machine
+does not disturb; workers by wall time. The last line is the share of a step of `configs/folder.py`
+that is spent waiting for input, on this machine.
 """
 
 import argparse
@@ -21,33 +21,32 @@ import common
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import augment, metrics
-from instdisc_jax import main as main_lib
-from instdisc_jax.data import draws, folder, order, pictures, stream
+from instdisc_jax import cli, crops, experiment, threefry
+from instdisc_jax.data import Images, feeds, folder, order, views
+from instdisc_jax.runtime import metrics
 
 SIDE = 224
-CROP = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 
 
 def plain(files, index, drawn):
   """The batch by PIL alone."""
-  views = []
+  batch = []
   for i, draw in zip(index, drawn):
     image = Image.open(io.BytesIO(files[i])).convert('RGB')
-    top, left, height, width = augment.draw_crop(
-        draw[None], image.height, image.width, **CROP)[0].tolist()
+    top, left, height, width = crops.draw_crop(
+        draw[None], image.height, image.width, crop_scale=SCALE, crop_ratio=RATIO)[0].tolist()
     view = image.crop((left, top, left + width, top + height))
-    views.append(np.asarray(view.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
-  return np.stack(views)
+    batch.append(np.asarray(view.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
+  return np.stack(batch)
 
 
 def measure_wait(path, workdir):
   """The mean `input_wait` of 12 steps on a narrow ResNet-18 at 224 pixels."""
-  argv = [f'--config={common.ROOT}/configs/folder.py', f'--workdir={workdir}',
-          f'--config.dataset.name=folder:{path}', '--config.model.width=16',
-          '--config.batch_size=32', '--config.steps=12', '--config.log_every_steps=1']
-  _, config = main_lib.parse(argv)
-  main_lib.run(config, workdir)
+  config = cli.read_config(f'{common.ROOT}/configs/folder.py', [
+      f'--config.dataset.name=folder:{path}', '--config.model.width=16', '--config.batch_size=32',
+      '--config.steps=12', '--config.log_every_steps=1'])
+  experiment.run(config, workdir)
   waits = [line.get('input_wait') for line in metrics.read(workdir)]
   return float(np.mean([wait for wait in waits if wait is not None]))
 
@@ -58,29 +57,29 @@ def main():
   parser.add_argument('--images', required=True, metavar='FOLDER', help='JPEG files')
   parser.add_argument('--batch_size', type=int, default=64)
   parser.add_argument('--rounds', type=int, default=10,
-                      help='of each batch the best of so many is taken')
+                      help='how often each batch is timed; the best counts')
   parser.add_argument('--output')
   args = parser.parse_args()
   paths = sorted(folder.scan(args.images))
-  source = pictures.Pictures(folder.Files(args.images, paths), None, '', names=paths)
+  source = Images(folder.Files(args.images, paths), None, '', names=paths)
   batch_size, steps = args.batch_size, max(2, len(paths) // args.batch_size)
   slots = np.arange(batch_size)
-  load = functools.partial(
-      stream.load_batch, pictures=source, seed=0, crop_seed=(0, 1), batch_size=batch_size,
-      slots=slots, side=SIDE, crop=CROP)
+  load = functools.partial(feeds.load_batch, images=source, batch_size=batch_size, slots=slots,
+                           crop=views.Crop(0, SIDE, SCALE, RATIO))
   files = source.files
 
   def plain_batch(step):
     index = order.batch_index(0, step, batch_size, len(source))
     place = step * batch_size + slots
-    return plain(files, index, draws.uniform(0, (1, place, index), augment.DRAWS))
+    drawn = threefry.uniform(0, (threefry.AUGMENT, place, index), crops.DRAWS)
+    return plain(files, index, drawn)
 
   error = np.mean([np.abs(plain_batch(step).astype(int) - load(step)[0]).mean()
                    for step in range(steps)])
   pipelines = {'plain PIL': plain_batch, 'ours': load}
   seconds = {name: np.full(steps, np.inf) for name in pipelines}
   for _ in range(args.rounds):
-    for step in range(steps):  # batch by batch in turns, so that both meet the same machine
+    for step in range(steps):  # batch by batch in turns, so that both see the same machine
       for name, make in pipelines.items():
         start = time.process_time()
         make(step)
@@ -90,7 +89,7 @@ def main():
           ('ours, images/s and core', rate['ours'], rate['ours'] / rate['plain PIL'])]
   for workers in (1, 2):
     many = 6 * steps
-    batches = stream.in_background(load, 0, many + 1, workers)
+    batches = feeds.in_background(load, 0, many + 1, workers)
     next(batches)  # the processes have started
     start = time.perf_counter()
     for _ in range(many):
@@ -104,7 +103,7 @@ def main():
   common.report('input_pipeline', f'{len(paths)} JPEG files, views of {SIDE}', [
       {'ratio': ratio, 'pipeline': name, 'images/s': value} for name, value, ratio in rows],
                 output=args.output, pixel_error=float(error), input_wait=wait)
-  print(f'mean absolute difference to PIL: {error:.2f} of 255')
+  print(f'mean absolute difference from PIL: {error:.2f} of 255')
   print(f'share of a training step spent waiting for input (ResNet-18, width 16): {wait:.3f}')
 
 

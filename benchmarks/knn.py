@@ -2,7 +2,7 @@
 
     python benchmarks/knn.py [--queries=10000] [--rows=50000] [--k=200]
 
-`ratio` is our time over the other's. The similarities found must equal the other's to 1e-5.
+`ratio` is our time over theirs. The similarities found must agree to 1e-5.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Loss and gradient against the whole bank, beside PyTorch and beside the machine's limit.
+"""Loss and gradient over the full bank, beside PyTorch and the machine's limit.
 
     python benchmarks/loss_step.py [--rows 50000 200000] [--noise=4096] [--bank=bfloat16]
 
 For each N: the exact softmax, NCE with each image's own noise and with shared noise, and the
 sampled softmax. `ratio` is our time over PyTorch's (dense softmax; NCE by gathering B·M rows, as
-published), where PyTorch is installed. `of the limit` is the least time that the counted bytes and
+published) if PyTorch is installed. `of the limit` is the least time that the counted bytes and
 FLOPs need at the rates measured in the same run, over the time taken.
 """
 
@@ -22,7 +22,7 @@ TEMPERATURE = 0.07
 
 
 def jax_losses(features, bank, index, noise_index):
-  """Name -> compiled function giving (losses, gradient)."""
+  """Name -> compiled function that returns (losses, gradient)."""
   shared = noise_index[0]
   arguments = {
       'softmax': (losses.softmax_loss, (), {}),
@@ -41,7 +41,7 @@ def jax_losses(features, bank, index, noise_index):
 
 
 def torch_losses(features, bank, index, noise_index):
-  """The same by PyTorch's autograd, dense or by gathering; {} where it is not installed."""
+  """The same with PyTorch's autograd, dense or by gathering; {} if it is not installed."""
   try:
     import torch
   except ImportError:

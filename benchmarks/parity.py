@@ -1,9 +1,9 @@
-"""How far every number lies from the published implementation's: writes docs/parity.md.
+"""Deviations of all values from those of the published implementation: writes docs/parity.md.
 
     python benchmarks/parity.py [--quick]
 
-The golden numbers are those of tests/golden, the comparisons those of the tests (tests/parity.py).
---quick leaves out the float64 gradients of whole encoders.
+The golden values are those of tests/golden, the comparisons those of the tests (tests/parity.py).
+--quick leaves out the slow comparisons: large inputs, and encoders in float64.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from tests import parity  # noqa: E402  (after the number of devices is set)
 HEAD = """# Parity with the published implementation
 
 Every quantity of `tests/golden` (computed with the published PyTorch code, see its README), the
-largest deviation of ours from it, and the tolerance that README states. Written by
-`python benchmarks/parity.py` with JAX {jax}; `make test` and `make test-all` hold the same
+largest deviation of ours from it, and the tolerance stated in that README. Written by
+`python benchmarks/parity.py` with JAX {jax}; `make test` and `make test-all` make the same
 comparisons.
 
-The published NCE loss adds 1e-7 to its denominators; ours does not need it and leaves it out. Here
-its exact effect, Σ log(1 + 1e-7 / (P + M/N)) and that sum's gradient, is added to ours before the
-comparison. float32 numbers carry the rounding of both sides. Not compared: PyTorch's
-`num_batches_tracked`, a counter that nothing reads and ours does not keep, and `top5`, whose order
-among classes without votes is arbitrary in the published code (`top5_stable` and `top5_votes` are).
+The published NCE loss adds 1e-7 to its denominators; ours needs no such term. Its exact effect,
+Σ log(1 + 1e-7 / (P + M/N)) and the gradient of that sum, is added to ours before the comparison.
+Deviations in float32 include the rounding of both sides. Not compared: PyTorch's
+`num_batches_tracked`, a counter that nothing reads and this package does not keep, and `top5`, in
+which the published code orders classes without votes arbitrarily (`top5_stable` and `top5_votes`
+are compared).
 
 | file | quantity | in | largest deviation | tolerance | measure |
 |---|---|---|---|---|---|

@@ -1,11 +1,11 @@
-"""What travels between devices, counted from the compiled step, and what that means for a pod.
+"""Communication between devices, counted in the compiled step, and what it means for a pod.
 
     python benchmarks/scaling.py [--chip=v5e]
 
-First table: the step of a small encoder compiled for 1 to 8 virtual devices; numbers carried by all
+First table: the step of a small encoder compiled for 1 to 8 virtual devices; values carried by all
 its collectives, less the all-reduce of gradients and batch-norm statistics, against N, B and the
 device count. Second table, benchmarks/results/scaling.png and docs/scale.md: a model, not a
-measurement, of the time per step of ResNet-50 at 224 pixels, for 1 to 4,096 chips (`modelled`).
+measurement, of the time per step of ResNet-50 at 224 pixels, for 1 to 4,096 chips.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 sys.path.insert(0, str(common.ROOT))
 from tests import programs  # noqa: E402
 
-# Peak bfloat16 FLOP/s, HBM bytes/s, link bytes/s of all of a chip's links, bytes of HBM: public
+# Peak bfloat16 FLOP/s, HBM bytes/s, bytes/s of all links of a chip, bytes of HBM; from the public
 # data sheets.
 CHIPS = {'v4': (275e12, 1.2e12, 300e9, 32e9), 'v5e': (197e12, 0.82e12, 200e9, 16e9),
          'v6e': (918e12, 1.64e12, 448e9, 32e9), 'h100': (989e12, 3.35e12, 450e9, 80e9)}
@@ -34,34 +34,36 @@ LOSSES = ('softmax', 'NCE', 'NCE, shared noise')
 
 PAGE = """# Scale
 
-Memory and time of a step for N from 50,000 to 1,000,000,000 images on 1 to 4,096 chips of the kind
-{chip}, ResNet-50 at 224 pixels. A model, not a measurement: `python benchmarks/scaling.py` writes
-this page. What travels it also counts, from compiled programs: benchmarks/README.md.
+Memory and time per step for N from 50,000 to 1,000,000,000 images on 1 to 4,096 {chip} chips,
+ResNet-50 at 224 pixels. A model, not a measurement: `python benchmarks/scaling.py` writes this
+page. The same script [counts the communication](results/benchmarks.md#communication) in compiled
+programs.
 
-Per step and chip, with D = {D}, M = {M:,}, HBM of {memory:.0f} GB/s, {peak:.0f} TFLOP/s peak and
-a bank of bfloat16 (of float32 it takes twice the memory):
+Per step and chip, with D = {D}, M = {M:,}, {memory:.0f} GB/s of HBM bandwidth, a peak of
+{peak:.0f} TFLOP/s and a bank in bfloat16 (float32 takes twice the memory):
 
 | part | time |
 |---|---|
 | encoder | B / chips · {GFLOP} GFLOP / (0.4 · peak) |
 | softmax | the larger of 4·B·D·N/chips FLOP / (0.6 · peak), and 4·D·N/chips bytes / HBM |
-| NCE, sampled softmax | as the softmax where N / chips is below B·M, else 4·B·M·D bytes / HBM |
+| NCE, sampled softmax | as the softmax if N / chips is below B·M, else 4·B·M·D bytes / HBM |
 | the same with `loss.shared_noise` | as a softmax over M rows |
-| traffic | (2·B·(D + 2) + 2 · 25.6e6 gradients) · 4 bytes / {link:.0f} GB/s + 10 µs · log2(chips) |
+| communication | {communication} |
 
-64 images a chip, but at most 16,384 in the batch. The shares 0.4 and 0.6 are assumptions. The
-traffic does not depend on N: the bank's rows never travel.
+64 images per chip, but at most 16,384 in the batch. The shares 0.4 and 0.6 are assumptions. The
+communication does not depend on N: rows of the bank are never sent.
 """
 
-WHERE = f"""## Where each loss stops paying
+WHERE = f"""## Limits of each loss
 
-* **The exact softmax** needs B·N / chips, the encoder B / chips: its share of the step depends on N
-  alone, on however many chips (on one chip it is bound by memory, and its share is larger).
-* **NCE and the sampled softmax with noise of their own** do the work of the softmax until the B·M
-  rows drawn are fewer than the rows held: on many chips the softmax is as fast and exact. They also
-  hold B·N/chips scores, or B·M·D gathered numbers, at once, which at large batches does not fit.
-* **With shared noise** they cost next to nothing at any N, for a gradient of higher variance.
-* **The memory** ends all of them: a row is {2 * D} bytes.
+* **The exact softmax** costs B·N / chips, the encoder B / chips: its share of the step depends only
+  on N, not on the number of chips (on one chip it is bound by memory, and its share is larger).
+* **NCE and the sampled softmax with separate noise for each image** cost as much as the softmax
+  unless the B·M rows drawn are fewer than the rows on a chip: on many chips the softmax is as fast,
+  and exact. They also hold B·N/chips scores, or B·M·D gathered values, at once, which does not fit
+  for large batches.
+* **With shared noise** they cost next to nothing at any N, but their gradient varies more.
+* **Memory** limits all of them: a row takes {2 * D} bytes.
 """
 
 
@@ -75,15 +77,15 @@ def counted():
           loss, num_rows=n, num_devices=devices, batch_size=batch, dim=D)
       carried = programs.traffic(run_steps.lower(*arguments).compile(), state)
       rows.append({'loss': loss['name'], 'devices': devices, 'N': n, 'B': batch,
-                   'numbers carried': carried, 'over B (D + 4)': carried / (batch * (D + 4))})
+                   'values carried': carried, 'over B (D + 4)': carried / (batch * (D + 4))})
   return rows
 
 
 def bank_seconds(loss, n, chips, batch, chip):
   """Time of a loss and its gradient on a chip's rows, of bfloat16.
 
-  The softmax multiplies all its N / chips rows by all queries, twice. So does NCE, unless that is
-  more than the B·M rows drawn, which are then gathered, twice. Shared noise is M rows in all.
+  The softmax multiplies all its N / chips rows by all queries, twice. So does NCE, unless those are
+  more than the B·M rows drawn, which are then gathered, twice. Shared noise is M rows altogether.
   """
   peak, memory, *_ = CHIPS[chip]
   rows = n / chips
@@ -93,7 +95,7 @@ def bank_seconds(loss, n, chips, batch, chip):
   return 2 * batch * M * D * 2 / memory if loss == 'NCE' else product(M)
 
 
-def modelled(chip):
+def modeled(chip):
   """Rows of the second table, times in ms."""
   peak, _, link, capacity = CHIPS[chip]
   rows = []
@@ -101,20 +103,21 @@ def modelled(chip):
     for chips in COUNTS:
       batch = min(64 * chips, 16_384)
       encoder = batch / chips * GFLOP * 1e9 / (peak * 0.4)
-      traffic = 0.0
+      communication = 0.0
       if chips > 1:
-        traffic = (2 * batch * (D + 2) + 2 * PARAMETERS) * 4 / link + 1e-5 * math.log2(chips)
+        communication = (2 * batch * (D + 2) + 2 * PARAMETERS) * 4 / link + 1e-5 * math.log2(chips)
       held = n / chips * D * 2
-      row = {'N': n, 'chips': chips, 'B': batch, 'bank GB a chip': held / 1e9,
-             'fits': held < capacity / 2, 'encoder ms': encoder * 1e3, 'traffic ms': traffic * 1e3}
+      row = {'N': n, 'chips': chips, 'B': batch, 'bank GB per chip': held / 1e9,
+             'fits': held < capacity / 2, 'encoder ms': encoder * 1e3,
+             'communication ms': communication * 1e3}
       row |= {f'{loss} ms': bank_seconds(loss, n, chips, batch, chip) * 1e3 for loss in LOSSES}
       rows.append(row | {'softmax share': row['softmax ms'] / (
-          row['softmax ms'] + row['encoder ms'] + row['traffic ms'])})
+          row['softmax ms'] + row['encoder ms'] + row['communication ms'])})
   return rows
 
 
 def limits(chip):
-  """For each number of chips the N where each loss stops paying."""
+  """For each number of chips, the N at which each loss reaches its limit."""
   peak, memory, _, capacity = CHIPS[chip]
   rows = []
   for chips in COUNTS:
@@ -131,21 +134,24 @@ def limits(chip):
 
 def page(chip, rows, ends):
   """The text of docs/scale.md."""
-  peak, memory, link, capacity = CHIPS[chip]
+  peak, memory, link, _ = CHIPS[chip]
   short = lambda n: f'{n:.1e}'.replace('e+0', 'e').replace('e+', 'e')
-  head = PAGE.format(chip=chip, peak=peak / 1e12, memory=memory / 1e9, link=link / 1e9,
-                     capacity=capacity / 1e9, D=D, M=M, GFLOP=GFLOP)
-  lines = ['| N | chips | B | bank, GB a chip | encoder, ms | traffic, ms | '
-           + ' | '.join(f'{loss}, ms' for loss in LOSSES) + ' | softmax of its step |',
+  communication = (f'(2·B·(D + 2) + 2 · 25.6e6 gradients) · 4 bytes / {link / 1e9:.0f} GB/s + '
+                   '10 µs · log2(chips)')
+  head = PAGE.format(chip=chip, peak=peak / 1e12, memory=memory / 1e9, communication=communication,
+                     D=D, M=M, GFLOP=GFLOP)
+  lines = ['| N | chips | B | bank, GB per chip | encoder, ms | communication, ms | '
+           + ' | '.join(f'{loss}, ms' for loss in LOSSES) + ' | softmax, share of its step |',
            '|---' * (7 + len(LOSSES)) + '|']
   for row in rows:
-    held = f'{row["bank GB a chip"]:.3g}' + ('' if row['fits'] else ' (too much)')
+    held = f'{row["bank GB per chip"]:.3g}' + ('' if row['fits'] else ' (too large)')
     lines.append(
         f'| {row["N"]:,} | {row["chips"]:,} | {row["B"]:,} | {held} | {row["encoder ms"]:.1f} | '
-        f'{row["traffic ms"]:.2f} | ' + ' | '.join(f'{row[f"{loss} ms"]:.3g}' for loss in LOSSES)
+        f'{row["communication ms"]:.2f} | '
+        + ' | '.join(f'{row[f"{loss} ms"]:.3g}' for loss in LOSSES)
         + f' | {row["softmax share"]:.1%} |')
-  table = ['| chips | B | softmax: a tenth of the encoder at N = | as much as the encoder at N = | '
-           'NCE is cheaper from N = | the bank fills half the memory at N = |', '|---' * 6 + '|']
+  table = ['| chips | B | softmax: a tenth of the encoder at N = | equal to the encoder at N = | '
+           'NCE is cheaper from N = | the bank fills half of the memory at N = |', '|---' * 6 + '|']
   table += [f'| {row["chips"]:,} | {row["B"]:,} | '
             + ' | '.join(short(row[key]) for key in ('tenth', 'equal', 'NCE cheaper', 'full'))
             + ' |' for row in ends]
@@ -158,18 +164,18 @@ def main():
   parser.add_argument('--chip', choices=CHIPS, default='v5e')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', 8)
-  common.report('scaling_traffic', 'numbers that travel in a step', counted())
-  rows = modelled(args.chip)
-  common.report('scaling_model', f'modelled, {args.chip}', rows, chip=args.chip)
+  common.report('scaling_traffic', 'values communicated per step', counted())
+  rows = modeled(args.chip)
+  common.report('scaling_model', f'modeled, {args.chip}', rows, chip=args.chip)
   figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
   for n, style in ((1_281_167, '-'), (100_000_000, '--'), (1_000_000_000, ':')):
     chosen = [row for row in rows if row['N'] == n and row['chips'] > 1]
     for part, color in (('encoder ms', '#1f77b4'), ('softmax ms', '#d62728'),
-                        ('traffic ms', '#7f7f7f')):
+                        ('communication ms', '#7f7f7f')):
       axes.plot([row['chips'] for row in chosen], [row[part] for row in chosen], style, color=color,
                 label=f'{part[:-3]}, N = {n:.3g}' if part == 'softmax ms' or n < 2e6 else None)
-  axes.set(xscale='log', yscale='log', xlabel='chips', ylabel='ms a step',
-           title=f'modelled step, ResNet-50, {args.chip}')
+  axes.set(xscale='log', yscale='log', xlabel='chips', ylabel='ms per step',
+           title=f'modeled step, ResNet-50, {args.chip}')
   axes.legend(fontsize=7)
   axes.grid(alpha=0.3)
   figure.savefig(common.ROOT / 'benchmarks' / 'results' / 'scaling.png', dpi=110)

@@ -2,7 +2,7 @@
 and torch.compile. Called by train_step.py.
 
 Encoder, exact softmax over the bank, SGD with momentum and weight decay, and the bank's update;
-images come normalised and augmented, on the device.
+images are augmented and standardized already, on the device.
 """
 
 import time
@@ -43,7 +43,7 @@ class Bottleneck(BasicBlock):
 
 
 def resnet(name, width, dim):
-  """resnet18_cifar, resnet18, resnet50, ... as a module giving [B, dim]."""
+  """resnet18_cifar, resnet18, resnet50, ... as a module that returns [B, dim]."""
   block, sizes = {'resnet18': (BasicBlock, (2, 2, 2, 2)), 'resnet34': (BasicBlock, (3, 4, 6, 3)),
                   'resnet50': (Bottleneck, (3, 4, 6, 3))}[name.removesuffix('_cifar')]
   if name.endswith('_cifar'):
@@ -60,7 +60,7 @@ def resnet(name, width, dim):
 
 
 def images_per_second(name, width, batch, side, rows, steps=10, dim=128, temperature=0.1):
-  """Images per second of the whole step, after warming up."""
+  """Images per second of the full step, after warm-up."""
   cuda = torch.cuda.is_available()
   device = torch.device('cuda' if cuda else 'cpu')
   torch.backends.cudnn.benchmark = True

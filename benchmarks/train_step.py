@@ -1,10 +1,10 @@
-"""Images per second of the whole training step, beside PyTorch's.
+"""Images per second of the full training step, beside PyTorch.
 
     python benchmarks/train_step.py [--model=resnet18_cifar] [--width=64] [--batch=128] [--side=32]
 
-`with augmentation` is the step as it trains, from uint8 images on the device; `without` takes
-augmented images, as the PyTorch step (torch_baseline.py) does, and is what `ratio` compares: our
-time over theirs. On a GPU both compute in bfloat16. Model FLOPs are XLA's own count for the
+`with augmentation` is the training step itself, from uint8 images on the device; `without` starts
+from augmented images, as the PyTorch step (torch_baseline.py) does, and is what `ratio` compares:
+our time over theirs. On a GPU both compute in bfloat16. Model FLOPs are XLA's own count for the
 encoder, forward and backward; their rate is a share of the matmul rate measured in the same run.
 """
 
@@ -18,21 +18,22 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import models, train
+from instdisc_jax.data import feeds
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.training import state as state_lib
+from instdisc_jax.training import step as step_lib
 
 
 def set_up(args):
-  """(config, encoder, optimizer, state, mesh)."""
-  mesh = train.make_mesh(jax.devices()[:1])
+  """(setup, fresh state) of the run."""
+  mesh = mesh_lib.make(jax.devices()[:1])
   config = config_lib.default()
   config.batch_size = args.batch
   config.model.update(name=args.model, width=args.width,
-                      dtype='float32' if train.on_cpu(mesh) else 'bfloat16')
+                      dtype='float32' if mesh_lib.on_cpu(mesh) else 'bfloat16')
   config.loss.update(name=args.loss, normalizer='ema')
-  encoder = models.create(args.model, width=args.width, dtype=config.model.dtype)
-  optimizer = train.make_optimizer(config, args.rows)
-  state = train.make_init(config, encoder, optimizer, args.rows, (args.side, args.side, 3), mesh)()
-  return config, encoder, optimizer, state, mesh
+  setup = state_lib.Setup.of(config, args.rows, mesh)
+  return setup, state_lib.make_init(setup, (args.side, args.side))()
 
 
 def rate(step, state, arguments, batch, steps):
@@ -58,42 +59,41 @@ def main():
   parser.add_argument('--batch', type=int, default=128)
   parser.add_argument('--side', type=int, default=32)
   parser.add_argument('--rows', type=int, default=50_000)
-  parser.add_argument('--loss', default='softmax', choices=train.LOSS_NAMES)
-  parser.add_argument('--steps', type=int, default=0, help='per timing; by default 1 on CPU, 50')
+  parser.add_argument('--loss', default='softmax', choices=config_lib.LOSSES)
+  parser.add_argument('--steps', type=int, default=0, help='per timing; default: 1 on CPU, else 50')
   parser.add_argument('--output')
   args = parser.parse_args()
-  config, encoder, optimizer, state, mesh = set_up(args)
-  steps = args.steps or (1 if train.on_cpu(mesh) else 50)
-  per_dispatch = 1 if train.on_cpu(mesh) else steps
-  kwargs = dict(config=config, encoder=encoder, optimizer=optimizer, num_rows=args.rows)
+  setup, state = set_up(args)
+  config, encoder, on_cpu = setup.config, setup.encoder, mesh_lib.on_cpu(setup.mesh)
+  steps = args.steps or (1 if on_cpu else 50)
+  per_dispatch = 1 if on_cpu else steps
 
-  held = min(args.rows, 4096)  # images on the device; rows of the bank are as many as asked for
+  held = min(args.rows, 4096)  # images on the device; the bank has as many rows as asked for
   images = jnp.zeros((held, args.side, args.side, 3), jnp.uint8)
   index = jnp.asarray(np.random.default_rng(0).integers(0, held, (per_dispatch, args.batch)),
                       jnp.int32)
-  whole_step = train.map_over_mesh(mesh, functools.partial(train.train_step, **kwargs))
-  with_augmentation = rate(whole_step, jax.tree.map(jnp.copy, state),
-                           (images, index, per_dispatch), args.batch * per_dispatch,
-                           max(1, steps // per_dispatch))
+  with_augmentation = rate(step_lib.over_mesh(setup, feeds.Resident),
+                           jax.tree.map(jnp.copy, state), ((images, index), per_dispatch),
+                           args.batch * per_dispatch, max(1, steps // per_dispatch))
 
   augmented = jax.random.normal(jax.random.key(0), (args.batch, args.side, args.side, 3))
 
   def encode(params, batch_stats, images):
     features, updated = encoder.apply({'params': params, 'batch_stats': batch_stats}, images,
                                       train=True, mutable=['batch_stats'])
-    return features, jax.lax.pmean(updated['batch_stats'], train.AXIS)
+    return features, jax.lax.pmean(updated['batch_stats'], mesh_lib.AXIS)
 
-  update = functools.partial(
-      train.update, noise_index=None, encode=encode, optimizer=optimizer, loss=config.loss,
-      bank_momentum=0.5, num_rows=args.rows, axis_name=train.AXIS)
-  if args.loss != 'softmax':
+  noise = None
+  if args.loss in config_lib.SAMPLED_LOSSES:
     noise = jax.random.randint(jax.random.key(1), (args.batch, config.loss.noise_count), 0,
                                args.rows)
-    update = functools.partial(update, noise_index=noise)
+  update = lambda state, images, index: step_lib.update(
+      state, (images, index, noise), encode=encode, optimizer=setup.optimizer, loss=config.loss,
+      bank_momentum=0.5, num_rows=args.rows, axis_name=mesh_lib.AXIS)
+  sharded = P(mesh_lib.AXIS)
   bare = jax.jit(jax.shard_map(
-      lambda state, images, index: update(state, images, index), mesh=mesh,
-      in_specs=(train.STATE_SPECS, P(train.AXIS), P(train.AXIS)),
-      out_specs=(train.STATE_SPECS, P())), donate_argnums=0)
+      update, mesh=setup.mesh, in_specs=(state_lib.SPECS, sharded, sharded),
+      out_specs=(state_lib.SPECS, P())), donate_argnums=0)
   without = rate(bare, jax.tree.map(jnp.copy, state), (augmented, index[0]), args.batch, steps)
 
   encoder_step = jax.jit(jax.grad(lambda params: encoder.apply(
@@ -111,7 +111,7 @@ def main():
   rows = [{'step': f'{args.model}, width {args.width}, B = {args.batch}, {args.side} px',
            'ratio': theirs and theirs / without, 'with augmentation, images/s': with_augmentation,
            'without, images/s': without, 'PyTorch, images/s': theirs,
-           'GFLOP an image': flops / 1e9, 'of the matmul rate': flops * without / matmul_rate}]
+           'GFLOP per image': flops / 1e9, 'of the matmul rate': flops * without / matmul_rate}]
   common.report(f'train_step_{args.model}', f'training step, {args.loss}, N = {args.rows:,}', rows,
                 args.output, loss=args.loss, dtype=str(config.model.dtype),
                 matmul_gflops=matmul_rate / 1e9)
