@@ -176,8 +176,9 @@ def run(output: pathlib.Path, table: str, scale: str, *, seeds: int | None = Non
       config = configure(table, scale, title, seed, data_dir)
       workdir = output / 'rows' / f'{number}-seed{seed}'
       try:
-        results[title][seed] = _run_row(config, workdir, train,
-                                        measure_svm if entry.with_svm else None)
+        row = _run_row(config, workdir, train, measure_svm if entry.with_svm else None)
+        if row is not None:
+          results[title][seed] = row
       except errors.RunError as e:
         failed[f'{title}, seed {seed}'] = errors.one_line(e)
       if any(results.values()):
