@@ -63,21 +63,23 @@ def add_on_unreadable(parser: argparse.ArgumentParser) -> None:
   """Adds --on_unreadable."""
   parser.add_argument('--on_unreadable', choices=('error', 'skip'), default='error',
                       help='what to do with files that cannot be read as images: stop (default), '
-                           'or leave them out')
+                           'or skip them')
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments with which several processes find each other; see `join_processes`."""
   group = parser.add_argument_group(
-      'several processes', 'Start the same command in each, on its own machine or devices.')
+      'several processes',
+      'Start the same command in each process, each on its own machine or devices.')
   group.add_argument('--distributed', action='store_true',
-                     help='find the others through Slurm, Open MPI, GKE or Cloud TPU')
+                     help='find the other processes through Slurm, Open MPI, GKE or Cloud TPU')
   group.add_argument('--coordinator', metavar='HOST:PORT',
-                     help='find the others at this address of process 0; needs the next two')
+                     help='address of process 0, to find the other processes; requires the next '
+                          'two')
   add_integer(group, '--num_processes', metavar='P', help='number of processes')
-  add_integer(group, '--process_id', metavar='I', help='number of this one, from 0')
+  add_integer(group, '--process_id', metavar='I', help='index of this process, from 0')
   add_integer(group, '--heartbeat_seconds', metavar='S', default=100,
-                     help='how long a process may be silent before the others end (default: 100)')
+                     help='seconds without a heartbeat after which the others exit (default: 100)')
 
 
 def join_processes(args: argparse.Namespace) -> None:

@@ -110,8 +110,8 @@ SETTINGS = (
             int),
     Setting('dataset.validation', None, 'images to evaluate on: a split, a folder, or a share such '
             'as 0.1', kind=str),
-    Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files of a folder: stop, '
-            'or leave them out', _one_of('error', 'skip')),
+    Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files in a folder: stop, '
+            'or skip them', _one_of('error', 'skip')),
     Setting('dataset.path', 'auto', 'where images are kept during training: resident on the '
             'device, or streamed from the host', _one_of('auto', 'resident', 'stream')),
     Setting('dataset.resident_share', 0.25, 'share of the device memory up to which auto means '
@@ -122,8 +122,8 @@ SETTINGS = (
     Setting('model.name', 'resnet18_cifar', 'the encoder', _one_of(*MODELS)),
     Setting('model.width', 64, 'channels of the first stage', _at_least(1)),
     Setting('model.embedding_dim', 128, 'D, the size of the embedding', _at_least(1)),
-    Setting('model.sync_batch_norm', False, 'batch statistics over all devices instead of each '
-            "device's own"),
+    Setting('model.sync_batch_norm', False, 'compute batch statistics over all devices instead of '
+            'per device'),
     Setting('model.init', None, 'weights to start from: a file or the workdir of a run', kind=str),
     Setting('model.dtype', 'float32', 'dtype of the computation; parameters stay float32',
             _one_of(*_DTYPES)),
@@ -132,7 +132,7 @@ SETTINGS = (
     Setting('loss.temperature', 0.1, 'temperature τ', _ABOVE_ZERO),
     Setting('loss.noise_count', 4096, 'M, noise samples per image for nce and sampled_softmax',
             _at_least(1)),
-    Setting('loss.shared_noise', False, 'one draw of M rows per step, shared by all images'),
+    Setting('loss.shared_noise', False, 'share one draw of M rows per step among all images'),
     Setting('loss.normalizer', 'first_batch', 'Z of nce: estimated from the first batch, an '
             'exponential moving average, or a number', _NORMALIZER),
     Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
@@ -158,8 +158,8 @@ SETTINGS = (
     Setting('optimizer.milestone_factor', 0.1, 'learning rate factor at each milestone',
             _ABOVE_ZERO),
 
-    Setting('augment.size', None, 'side of the views in pixels; None: that of the images, or 224',
-            _at_least(8), int),
+    Setting('augment.size', None, 'side of the views in pixels; None: the size of the images, '
+            'or 224', _at_least(8), int),
     Setting('augment.crop_scale', (0.2, 1.0), 'area of a crop as a share of the image', _SHARES),
     Setting('augment.crop_ratio', (3 / 4, 4 / 3), 'aspect ratio of a crop, width over height',
             _PAIR),
@@ -168,7 +168,8 @@ SETTINGS = (
     Setting('augment.saturation', 0.4, 'strength of the saturation jitter', _NON_NEGATIVE),
     Setting('augment.hue', 0.4, 'strength of the hue jitter, in turns', _within(0, 0.5)),
     Setting('augment.grayscale', 0.2, 'probability of grayscale', _within(0, 1)),
-    Setting('augment.grayscale_first', False, 'grayscale before the color jitter, as for ImageNet'),
+    Setting('augment.grayscale_first', False, 'apply grayscale before the color jitter, as for '
+            'ImageNet'),
     Setting('augment.flip', 0.0, 'probability of a horizontal flip', _within(0, 1)),
     Setting('augment.mean', (0.4914, 0.4822, 0.4465), 'channel means of images in [0, 1]',
             Limit(lambda v: len(v) == 3, 'three numbers')),

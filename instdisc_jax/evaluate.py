@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     parser.add_argument('--protocol', required=True, metavar='PROTOCOL',
                         help=f'{", ".join(protocols.PROTOCOLS)}; several with commas')
     parser.add_argument('--dataset', metavar='NAME',
-                        help='other labelled data, named as in --config.dataset.name')
+                        help='other labeled data, named as in --config.dataset.name')
     cli.add_processes(parser)
     args = parser.parse_args(argv)
     chosen = args.protocol.split(',')

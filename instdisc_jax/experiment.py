@@ -122,4 +122,4 @@ def _check_end(workdir, saved, end):
   if saved is not None and saved > end:
     raise errors.UserError(
         f"'{workdir}' is at step {saved}, past the {end} steps asked for", setting='epochs',
-        remedy='set <epochs> (or <steps>) to more, or another <--workdir>')
+        remedy='increase <epochs> (or <steps>), or set another <--workdir>')

@@ -83,7 +83,7 @@ class Model:
   def bank(self) -> Float[np.ndarray, 'N D']:
     """The unit-norm rows; raises `errors.UserError` if there is no bank."""
     if self._bank is None:
-      raise errors.UserError(f"'{self.workdir}' has weights but no bank",
+      raise errors.UserError(f"'{self.workdir}' has weights but no memory bank",
                              remedy='train on it first', setting='--workdir')
     return self._bank
 
@@ -189,7 +189,7 @@ class Model:
       errors.UserError: see `neighbors`; or the data have no labels.
     """
     if self.labels is None:
-      raise errors.UserError(f'{self.dataset.name} has no labels to classify by')
+      raise errors.UserError(f'{self.dataset.name} has no labels to classify with')
     similarity, row = self.neighbors(images, min(self.config.knn.neighbors, len(self.bank)))
     scores = knn.vote(similarity, self.labels[row], self.config.knn.temperature,
                       int(self.labels.max()) + 1)

@@ -104,7 +104,7 @@ def test_without_space_the_run_stops_with_one_line_and_can_be_resumed(
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith('failed: ') and 'make space and run the same command again' in last
+    assert last.startswith('failed: ') and 'free up space and run the same command again' in last
     if kind == 'a full disk':
       subprocess.run(['mount', '-o', 'remount,size=100m', disk], check=True)
     again = subprocess.run(

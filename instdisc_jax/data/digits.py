@@ -14,10 +14,10 @@ from sklearn import datasets
 NUM_TRAIN = 1297  # the first originals; the last 500, by other writers, are the test set
 _CANVAS = 32
 _SIZES = (14, 29)  # range of drawn heights, half-open
-_Labelled: TypeAlias = tuple[np.ndarray, np.ndarray]
+_Labeled: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
-def load() -> tuple[_Labelled, _Labelled]:
+def load() -> tuple[_Labeled, _Labeled]:
   """Returns ((images [1297, 32, 32, 3] uint8, labels [1297]), the same for the 500 test images)."""
   digits: Any = datasets.load_digits()
   random = np.random.RandomState(0)

@@ -217,7 +217,7 @@ def _find_unreadable(root, names):
 
   faults = {}
   with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        metrics.progress_bar('decoding all once') as progress):
+        metrics.progress_bar('checking all images') as progress):
     for name, why in progress.track(zip(names, pool.map(fault, range(len(names)))), len(names)):
       if why is not None:
         faults[name] = why

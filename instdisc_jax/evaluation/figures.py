@@ -31,8 +31,9 @@ def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figu
   left.annotate('log N', (1, np.log(summary['num_rows'])), xycoords=('axes fraction', 'data'),
                 ha='right', va='bottom', color='gray')
   left.set(xlabel='epoch', ylabel='loss', title=f'{summary["loss"]} loss')
-  right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728', label='bank rows, in training')
-  for key, title, style in (('knn_top1', 'recomputed, at the end', '-'),
+  right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728',
+             label='bank rows, during training')
+  for key, title, style in (('knn_top1', 'recomputed features, at the end', '-'),
                             ('knn_top1_pixels', 'raw pixels', '--'),
                             ('knn_top1_untrained', 'untrained', ':')):
     if summary[key] is not None:

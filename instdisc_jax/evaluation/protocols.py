@@ -1,10 +1,11 @@
-"""The paper's protocols: how good the features of a trained run are.
+"""The paper's protocols for evaluating the features of a trained run.
 
     knn        weighted nearest neighbors over a grid of K and τ, with fresh embeddings, pooled
                features and bank rows; confusion.png
     linear     a softmax probe on each stage of the encoder
     svm        a linear SVM on the pooled features and on the embedding
-    few_label  fine-tuning with 1 to 20% of the labels, beside the same encoder from random weights
+    few_label  fine-tuning with 1 to 20% of the labels, compared with the same encoder from random
+               weights
     geometry   alignment of two views and of a class; uniformity, effective rank, and how far the
                bank lags behind
 """

@@ -76,7 +76,7 @@ def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Co
             f'τ = {summary["knn_temperature"]}')
   table.add_column('features')
   table.add_column('top-1', justify='right')
-  for title, key in (('raw pixels, mean-centred', 'knn_top1_pixels'),
+  for title, key in (('raw pixels, mean-centered', 'knn_top1_pixels'),
                      ('untrained encoder', 'knn_top1_untrained'),
                      ('trained encoder', 'knn_top1'),
                      ('trained encoder, against bank rows', 'knn_top1_bank')):

@@ -74,7 +74,7 @@ TABLES: dict[str, Table] = {
     'train_fraction': Table(
         {f'{share:.0%} of the images': {'dataset.limit': share} for share in _SHARES},
         {'knn': {}},
-        'The paper has such a table for ImageNet; its values are not at hand.'),
+        'The paper has such a table for ImageNet; its values are not included here.'),
     'proximal': Table(
         {f'λ = {weight}, m = {momentum:g}': _NCE | {'loss.proximal_weight': float(weight),
                                                     'bank.momentum': momentum}

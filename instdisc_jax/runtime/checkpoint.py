@@ -169,7 +169,8 @@ class Checkpoints:
       raise errors.RunError(
           f'the checkpoint of step {self._saving} could not be saved ({errors.one_line(e)[:200]}); '
           + (f'the one of step {max(kept)} is kept' if kept else 'there is no earlier one')
-          + (': make space and run the same command again' if errors.is_no_space(e) else '')) from e
+          + (': free up space and run the same command again' if errors.is_no_space(e) else '')
+      ) from e
 
   def _write_manifest(self):
     """Called when all files of the new checkpoint are written, before it gets its name."""

@@ -65,7 +65,7 @@ def first_only(action: Callable[[], object]) -> None:
     except errors.Stopped as e:
       stopped = e
   if agree(stopped is not None):
-    raise stopped or errors.Stopped('stopped with process 0')
+    raise stopped or errors.Stopped('stopped because process 0 was stopped')
 
 
 def agree(value: Any) -> Any:

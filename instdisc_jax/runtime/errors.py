@@ -89,7 +89,7 @@ def exit_code(command: Callable[[], object], flags: Mapping[str, str] | None = N
     if not is_no_space(e):
       raise
     return _report(1, f'failed: no space left to write {e.filename or "a file"} ({e.strerror}): '
-                      'make space and run the same command again')
+                      'free up space and run the same command again')
   except jax.errors.JaxRuntimeError as e:
     if jax.process_count() == 1:
       raise

@@ -33,7 +33,8 @@ def place(path: str | os.PathLike[str]) -> Place:
   except Exception as e:  # from any library that a bucket needs: credentials, network, permissions
     raise errors.UserError(
         f"'{path}' cannot be reached ({errors.one_line(e)[:200]})",
-        remedy="log in with 'gcloud auth application-default login', or use another place") from e
+        remedy="log in with 'gcloud auth application-default login', or use another location"
+    ) from e
   return path
 
 

@@ -99,7 +99,7 @@ class Watch:
 
   def name(self) -> str:
     """The signal, in words."""
-    return self.signal or 'a signal to another process'
+    return self.signal or 'a signal in another process'
 
 
 _any = jax.jit(jnp.any)

@@ -265,7 +265,7 @@ def _write_thumbnails(sources, place, watch):
     image.save(place / f'{number}.webp', quality=80, lossless=max(image.size) <= _LOSSLESS_SIDE)
 
   with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        metrics.progress_bar('writing images') as progress):
+        metrics.progress_bar('writing thumbnails') as progress):
     for _ in progress.track(pool.map(write, range(len(todo))), len(todo)):
       watch.check()
 

@@ -192,7 +192,7 @@ def check_finite(state: TrainState, saved: int | None) -> None:
   for name, row in jax.device_get(_first_bad_rows(fields)).items():
     if row >= 0:
       which = f'bank row {row}' if name == 'bank' else name
-      raise errors.RunError(_not_finite(which, 'not a number or infinite', int(state.step), saved))
+      raise errors.RunError(_not_finite(which, 'NaN or infinite', int(state.step), saved))
 
 
 @jax.jit
