@@ -39,8 +39,8 @@ def test_an_error_survives_a_worker_process():
     (errors.RunError('loss is nan'), 1, 'failed: loss is nan\n'),
     (errors.Stopped('stopped by SIGTERM'), 75, 'stopped by SIGTERM\n'),
     (OSError(errno.ENOSPC, 'No space left on device', 'a.npz'), 1,
-     'failed: no space left to write a.npz (No space left on device): make space and run the same '
-     'command again\n')])
+     'failed: no space left to write a.npz (No space left on device): free up space and run the '
+     'same command again\n')])
 def test_every_way_to_end_has_its_exit_code_and_one_line(capsys, failure, code, line):
   def command():
     if failure is not None:
@@ -60,7 +60,7 @@ def test_a_failure_of_the_program_itself_keeps_its_traceback():
 
 def test_what_cannot_be_written_is_an_error_of_the_argument_unless_the_disk_is_full():
   denied = errors.cannot_write('x/y.npz', OSError(errno.EACCES, 'Permission denied'), '--output')
-  assert str(denied) == ("'x/y.npz' cannot be written (Permission denied): set --output to a place "
-                         'that can')
+  assert str(denied) == ("'x/y.npz' cannot be written (Permission denied): set --output to a "
+                         'writable place')
   full = OSError(errno.ENOSPC, 'No space left on device')
   assert errors.cannot_write('x/y.npz', full, '--output') is full
