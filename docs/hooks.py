@@ -30,6 +30,7 @@ _LOG = logging.getLogger('mkdocs.hooks')
 _ROOT = pathlib.Path(__file__).parents[1]
 _ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md',
           'results/scaling.png': 'benchmarks/results/scaling.png'}
+_WIDE = 'errors.md', 'parity.md', 'scale.md'  # large tables, which take the place of the contents
 _ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce')
 _GROUPS = {'': 'The run', 'dataset': 'Data', 'model': 'Encoder', 'loss': 'Loss',
            'bank': 'Memory bank', 'optimizer': 'Optimizer', 'augment': 'Augmentation',
@@ -48,6 +49,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, **_):
   """Fills in what comes from the code, and warns of tests that do not exist."""
+  if page.file.src_uri in _WIDE:
+    page.meta['hide'] = ['toc']
   if page.file.src_uri in _ADDED:  # its links are those of the repository's root
     markdown = markdown.replace('](docs/', '](')
     for name, source in _ADDED.items():
