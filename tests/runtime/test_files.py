@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from tensorboardX import record_writer
 
 from instdisc_jax import evaluate
 from instdisc_jax.runtime import errors, files, metrics
@@ -40,6 +41,8 @@ def bucket():
     for name, value in variables.items():
       patch.setenv(name, value)
     yield 'gs://bucket'
+  # TensorBoard's writers upload their files once more at exit, and retry for minutes.
+  record_writer.GCSRecordWriter.__del__ = lambda self: None
   server.stop()
 
 
