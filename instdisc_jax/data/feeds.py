@@ -206,7 +206,7 @@ class Fake:
   """
   per_dispatch = 1
   specs = Stream.specs
-  take = Stream.take
+  take = staticmethod(Stream.take)
 
   def __init__(self, num_rows: int, mesh: jax.sharding.Mesh, seed: int, batch_size: int,
                side: int):

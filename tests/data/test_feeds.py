@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from instdisc_jax import crops
+from instdisc_jax import crops, data
 from instdisc_jax.data import Images, feeds, order, views
 from instdisc_jax.models import resnet
 from instdisc_jax.runtime import errors
@@ -153,3 +153,19 @@ def test_what_fits_is_resident_and_the_rest_is_streamed():
   config.dataset.resident_share = 1e-12
   assert choose(images) == 'stream'
   assert feeds.choose_path(config, images, 'resident', mesh) == 'resident'  # as it was started
+
+
+def test_the_fake_feed_trains_on_the_chain_of_indices():
+  config = small_config()
+  config.dataset.update(name='fake:21', limit=None, path='stream')
+  config.augment.size = 16
+  config.batch_size = 6
+  mesh = mesh_lib.make(jax.devices()[:1])
+  source = data.load(config.dataset, 0).train
+  feed = feeds.make(config, source, mesh, last_step=3)
+  setup = state_lib.Setup.of(config, len(source), mesh)
+  state = state_lib.make_init(setup, (16, 16))()
+  inputs = feed.at(0)
+  np.testing.assert_array_equal(inputs[1][0], order.batch_index(config.seed, 0, 6, 21))
+  state, metrics = step_lib.over_mesh(setup, feed)(state, inputs, 1)
+  assert int(state.step) == 1 and np.isfinite(metrics['loss']).all()
