@@ -1,7 +1,7 @@
 # make demo [SEED=0]   set-up, and the main job on the embedded data set, into runs/demo
 # make test            set-up, and the tests that CI runs
 # make test-all        those and the slow ones
-# make soak            kills the demo at random moments, 20 runs: see docs/reliability.md
+# make soak            kills the demo at random moments, 20 runs: see docs/concepts/reliability.md
 # make lint            ruff, shellcheck, the floors of the package, and types
 # make docs            the documentation site, into site/
 # make setup           .venv with everything; the others call it
@@ -44,7 +44,7 @@ lint: setup
 	$(BIN)/basedpyright
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

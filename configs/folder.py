@@ -12,8 +12,8 @@ Few folders are large enough to train from scratch: `--config.model.init=FILE` s
 in any layout that `instdisc_jax.convert` reads, `--config.model.init=WORKDIR` from an earlier run,
 e.g. before images were added.
 
-Cost: intended for a GPU; a CPU trains on a few dozen images per second at 224 pixels with this
-ResNet-18 (`--config.augment.size=64` is 12 times cheaper). The result depends on the images.
+Cost: intended for a GPU; on a CPU, `--config.augment.size=64` is 12 times cheaper than 224 pixels.
+The result depends on the images.
 """
 
 from ml_collections import config_dict

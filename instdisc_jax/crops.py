@@ -91,9 +91,9 @@ def crop_and_resize(images: UInt8[Array, 'B H W 3'], box: Int[Array, 'B 4'],
 def _resize_weights(start, length, full, size, dtype):
   """[size, full] triangle-filter weights over `length` pixels from `start`; rows sum to 1."""
   scale = length.astype(dtype) / size
-  centre = start + (jnp.arange(size, dtype=dtype) + 0.5) * scale
+  center = start + (jnp.arange(size, dtype=dtype) + 0.5) * scale
   pixel = jnp.arange(full, dtype=dtype)
-  distance = jnp.abs(pixel + 0.5 - centre[:, None]) / jnp.maximum(scale, 1)
+  distance = jnp.abs(pixel + 0.5 - center[:, None]) / jnp.maximum(scale, 1)
   inside = (pixel >= start) & (pixel < start + length)
   weight = jnp.where(inside, jnp.maximum(1 - distance, 0), 0)
   return weight / weight.sum(axis=1, keepdims=True)

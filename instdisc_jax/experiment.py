@@ -113,9 +113,7 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
     config.augment.size = view_size[0]
   config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
-  if config.dataset.path == 'resident':
-    dataset = dataset.in_memory()
-  return Setup.of(config, num_rows, mesh), dataset
+  return Setup.of(config, num_rows, mesh), dataset.kept(config.dataset.path)
 
 
 def _check_end(workdir, saved, end):

@@ -104,7 +104,7 @@ class Model:
       raise errors.UserError(
           f"'{self.workdir}' was trained on other data named {dataset.name}",
           remedy='restore them', setting='dataset.name')
-    return dataset.in_memory() if self.config.dataset.path == 'resident' else dataset
+    return dataset.kept(self.config.dataset.path)
 
   @property
   def labels(self) -> Int[np.ndarray, ' N'] | None:

@@ -32,10 +32,15 @@ class Dataset:
   class_names: tuple[str, ...] | None = None
   listing: Any = None
 
-  def in_memory(self) -> 'Dataset':
-    """The same data, decoded into arrays; raises `errors.UserError`, see `Images.in_memory`."""
-    return dataclasses.replace(self, train=self.train.in_memory(),
-                               test=None if self.test is None else self.test.in_memory())
+  def kept(self, path: str) -> 'Dataset':
+    """As a run with that `dataset.path` keeps it: in arrays if resident, else one by one.
+
+    Raises:
+      errors.UserError: see `Images.in_memory`.
+    """
+    keep = Images.in_memory if path == 'resident' else Images.one_by_one
+    return dataclasses.replace(self, train=keep(self.train),
+                               test=None if self.test is None else keep(self.test))
 
 
 def load(config: config_lib.Config, seed: int,

@@ -91,6 +91,15 @@ class Images:
       images[i] = image
     return dataclasses.replace(self, files=images, shape=images.shape[1:])
 
+  def one_by_one(self) -> 'Images':
+    """The same images, of which an array is a sequence of images too: they are cropped on the host.
+
+    An array marks images that are kept on the devices, where they are cropped.
+    """
+    if not isinstance(self.files, np.ndarray):
+      return self
+    return dataclasses.replace(self, files=list(self.files))
+
   def subset(self, chosen: Int[np.ndarray, ' n'], why: str) -> 'Images':
     """The images at the positions `chosen`, in that order; `why` is added to the fingerprint."""
     return dataclasses.replace(

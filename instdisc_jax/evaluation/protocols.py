@@ -150,7 +150,8 @@ def _data(model, name):
     return model.dataset, model.bank if model.has_bank else None
   config = model.config.dataset.copy_and_resolve_references()
   config.update(name=name, limit=None, validation=None)
-  return data.load(config, model.config.seed), None
+  dataset, path = data.load(config, model.config.seed), model.config.dataset.path
+  return dataset if path == 'resident' else dataset.kept(path), None
 
 
 def _labels(dataset, rows, test_rows):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from instdisc_jax import data
 from instdisc_jax.data import Images, arrays
 from instdisc_jax.evaluation import embedding
 from instdisc_jax.runtime import errors
@@ -182,3 +183,15 @@ def test_images_of_several_sizes_are_refused_where_none_is_cropped():
 def test_no_images_have_no_embeddings():
   none = arrays.in_memory(MEMORY.files[:0], None)
   assert _engine(1).embed(_variables(), none).shape == (0, 16)
+
+
+def test_a_streamed_run_sees_the_host_s_central_views_of_an_array():
+  streamed = data.Dataset('arrays', MEMORY, MEMORY).kept('stream')
+  views = np.stack([MEMORY.central(i, 16) for i in range(N)])
+  expected = _all(_engine(1), arrays.in_memory(views, None))
+  for images in (streamed.train, streamed.test):
+    found = _all(_engine(1), images)
+    for name in NAMES:
+      np.testing.assert_array_equal(found[name], expected[name])
+  on_the_device = _all(_engine(1), data.Dataset('arrays', MEMORY).kept('resident').train)
+  assert np.abs(on_the_device['embedding'] - expected['embedding']).max() > 1e-5  # not rounded
