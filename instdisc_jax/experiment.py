@@ -64,7 +64,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       distributed.first_only(lambda: folder.keep(dataset.listing, dataset.train.names or (),
                                                  workdir))
     checkpoints = closing(checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep,
-                                                 setup.num_rows, setup.mesh))
+                                                 setup.num_rows))
     checkpoints.move_damaged_aside()
     saved = checkpoints.latest_step()
     _check_end(workdir, saved, plan.end)
@@ -104,11 +104,10 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed, workdir)
   num_rows, config = len(dataset.train), config_lib.fill(config, len(dataset.train))
+  stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}
+  config = config_lib.resume(config, stored)
   if config.dataset.path == 'auto':
-    before = None
-    if (workdir / workdir_lib.CONFIG).exists():
-      before = workdir_lib.read(workdir)[0].get('dataset.path')
-    config.dataset.path = feeds.choose_path(config, dataset.train, before, mesh)
+    config.dataset.path = feeds.choose_path(config, dataset.train, stored.get('dataset.path'), mesh)
   view_size = views.size(config, dataset.train.shape)
   if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
     config.augment.size = view_size[0]

@@ -63,14 +63,14 @@ def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.shardin
     mesh: the device mesh.
     last_step: last step of the run; nothing is read beyond it.
   """
+  chain = order.Chain.of(config, len(images))
   if config.dataset.path == 'resident':
     per_dispatch = config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
-    return Resident(images, mesh, config.seed, config.batch_size, per_dispatch)
+    return Resident(images, mesh, chain, per_dispatch)
   crop = views.Crop.of(config, images.shape)
   if config.dataset.name.startswith('fake:'):
-    return Fake(len(images), mesh, config.seed, config.batch_size, crop.side)
-  return Stream(images, mesh, crop, config.batch_size, last_step,
-                num_workers(config.dataset.workers))
+    return Fake(mesh, chain, crop.side)
+  return Stream(images, mesh, crop, chain, last_step, num_workers(config.dataset.workers))
 
 
 class Resident:
@@ -79,8 +79,7 @@ class Resident:
   Args:
     images: `Images` in memory.
     mesh: the device mesh.
-    seed: the run's seed.
-    batch_size: B.
+    chain: the order of the images.
     per_dispatch: S, batches per dispatch.
 
   Attributes:
@@ -89,18 +88,15 @@ class Resident:
   """
   specs = P(), P(None, mesh_lib.AXIS)
 
-  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, seed: int,
-               batch_size: int, per_dispatch: int):
-    self.per_dispatch = per_dispatch
+  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, chain: order.Chain,
+               per_dispatch: int):
+    self.per_dispatch, self._chain = per_dispatch, chain
     self._images = mesh_lib.replicate(images.in_memory().files, mesh)
-    self._chain = seed, batch_size, len(images)
     self._sharding = NamedSharding(mesh, P(None, mesh_lib.AXIS))
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
     """(all images, indices [S, B] of the batches from `step` on)."""
-    seed, batch_size, num_rows = self._chain
-    index = np.stack([order.batch_index(seed, step + i, batch_size, num_rows)
-                      for i in range(self.per_dispatch)])
+    index = np.stack([self._chain.batch(step + i) for i in range(self.per_dispatch)])
     return self._images, jax.make_array_from_callback(index.shape, self._sharding,
                                                       lambda part: index[part])
 
@@ -121,7 +117,7 @@ class Stream:
     images: `Images`.
     mesh: the device mesh.
     crop: the crops.
-    batch_size: B.
+    chain: the order of the images.
     last_step: last step of the run; nothing is read beyond it.
     workers: worker processes; 0 for threads of this process.
 
@@ -133,11 +129,11 @@ class Stream:
   specs = P(mesh_lib.AXIS), P(None, mesh_lib.AXIS)
 
   def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, crop: views.Crop,
-               batch_size: int, last_step: int, workers: int):
-    self._slots = mesh_lib.local_slots(mesh, batch_size)
-    self._load = functools.partial(load_batch, images=images, crop=crop, batch_size=batch_size,
+               chain: order.Chain, last_step: int, workers: int):
+    self._slots = mesh_lib.local_slots(mesh, chain.batch_size)
+    self._load = functools.partial(load_batch, images=images, crop=crop, chain=chain,
                                    slots=self._slots)
-    self._mesh, self._batch_size = mesh, batch_size
+    self._mesh, self._batch_size = mesh, chain.batch_size
     self._workers, self._last_step = workers, last_step
     self._batches: Iterator | None = None
     self._step = -1
@@ -167,7 +163,7 @@ class Stream:
     self._batches, self._step = None, -1
 
 
-def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_size: int,
+def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, chain: order.Chain,
                slots: Int[np.ndarray, ' b']
                ) -> tuple[UInt8[np.ndarray, 'b side side 3'], Int[np.ndarray, ' b']]:
   """This process's part of the batch at a step.
@@ -176,7 +172,7 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
     step: t.
     images: `Images`.
     crop: the crops.
-    batch_size: B.
+    chain: the order of the images.
     slots: [b] places in the batch that belong to this process.
 
   Returns:
@@ -185,8 +181,8 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
   Raises:
     errors.UserError: an image cannot be read.
   """
-  index = order.batch_index(crop.seed, step, batch_size, len(images))[slots]
-  place = (step * batch_size + slots) % 2**32
+  index = chain.batch(step)[slots]
+  place = (step * chain.batch_size + slots) % 2**32
   return crop(images, place, index), index
 
 
@@ -194,10 +190,8 @@ class Fake:
   """Feeds the loop with one batch of noise generated on the devices, and the indices of the chain.
 
   Args:
-    num_rows: N.
     mesh: the device mesh.
-    seed: the run's seed.
-    batch_size: B.
+    chain: the order of the images.
     side: side of the views.
 
   Attributes:
@@ -208,18 +202,16 @@ class Fake:
   specs = Stream.specs
   take = staticmethod(Stream.take)
 
-  def __init__(self, num_rows: int, mesh: jax.sharding.Mesh, seed: int, batch_size: int,
-               side: int):
-    self._mesh, self._chain = mesh, (seed, batch_size, num_rows)
-    draw = lambda: jax.random.bits(jax.random.key(seed), (batch_size, side, side, 3), 'uint8')
+  def __init__(self, mesh: jax.sharding.Mesh, chain: order.Chain, side: int):
+    self._mesh, self._chain = mesh, chain
+    draw = lambda: jax.random.bits(jax.random.key(chain.seed), (chain.batch_size, side, side, 3),
+                                   'uint8')
     self._images = jax.jit(draw, out_shardings=NamedSharding(mesh, P(mesh_lib.AXIS)))()
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
     """(images [B, side, side, 3] uint8, index [1, B])."""
-    seed, batch_size, num_rows = self._chain
-    index = order.batch_index(seed, step, batch_size, num_rows)
-    return self._images, mesh_lib.place_local(index, self._mesh, np.arange(batch_size), batch_size,
-                                              lead=1)
+    index, total = self._chain.batch(step), self._chain.batch_size
+    return self._images, mesh_lib.place_local(index, self._mesh, np.arange(total), total, lead=1)
 
   def close(self) -> None:
     """Nothing to close."""

@@ -28,6 +28,11 @@ def on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == 'cpu'
 
 
+def padded(num_rows: int, num_devices: int) -> int:
+  """N', the next multiple of the device count."""
+  return num_rows + -num_rows % num_devices
+
+
 def pad_rows(rows: Any, num_devices: int) -> Any:
   """[N, D] -> [N', D] with N' the next multiple of the device count; NumPy or JAX."""
   xp = np if isinstance(rows, np.ndarray) else jnp
