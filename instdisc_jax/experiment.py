@@ -82,7 +82,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       state, pending_losses = checkpoints.restore(state), checkpoints.pending_losses()
       progress.print(f'resuming {workdir} at step {saved} of {plan.end}')
     elif config.model.init is not None:
-      state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed, setup.mesh)
+      state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
+                                   setup.mesh)
     lines = closing(metrics.Metrics(workdir, saved or 0))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
     monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,

@@ -51,7 +51,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
-      'knn_top1_untrained': evaluator.recomputed(untrained)[0],
+      'knn_top1_untrained': (evaluator.recomputed(untrained)[0] if evaluator.has_labels else None),
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': images_per_second,
       'params_digest': digest.of_arrays(
@@ -62,7 +62,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   }
   if jax.process_index() == 0:
     figures.save(figures.curves(lines, summary, config.batch_size), workdir / 'curves.png')
-    neighbors = figures.neighbors(dataset, row, evaluator.side, figures.QUERIES)
+    neighbors = figures.neighbors(dataset, evaluator.queries, row, evaluator.side, figures.QUERIES)
     figures.save(neighbors, workdir / 'neighbors.png')
     files.write(workdir / FILE, json.dumps(summary, indent=2) + '\n')
   return summary
