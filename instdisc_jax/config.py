@@ -111,8 +111,8 @@ SETTINGS = (
             int),
     Setting('dataset.validation', None, 'images to evaluate on: a split, a folder, or a share such '
             'as 0.1', kind=str),
-    Setting('dataset.order', 'keyed', 'how the order of an epoch is drawn: keyed, place by place, or '
-            'permutation, as an array of N numbers in every process, as in version 0.1',
+    Setting('dataset.order', 'keyed', 'how an epoch is shuffled: keyed, place by place, or '
+            'permutation, an array of N numbers in every process, as in version 0.1',
             _one_of('keyed', 'permutation')),
     Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files in a folder: stop, '
             'or skip them', _one_of('error', 'skip')),
@@ -131,8 +131,9 @@ SETTINGS = (
     Setting('model.init', None, 'weights to start from: a file or the workdir of a run', kind=str),
     Setting('model.dtype', 'float32', 'dtype of the computation; parameters stay float32',
             _one_of(*_DTYPES)),
-    Setting('model.reduce_dtype', None, 'dtype in which gradients are summed over the devices; None: '
-            'float32, or float64 if model.dtype is; batch statistics are never summed in less', _one_of(*_DTYPES), str),
+    Setting('model.reduce_dtype', None, 'dtype in which devices sum gradients; None: float32, '
+            'or float64 if model.dtype is. Batch statistics are never summed in less',
+            _one_of(*_DTYPES), str),
 
     Setting('loss.name', 'softmax', 'the loss', _one_of(*LOSSES)),
     Setting('loss.temperature', 0.1, 'temperature τ', _ABOVE_ZERO),

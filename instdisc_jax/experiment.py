@@ -108,7 +108,8 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}
   config = config_lib.resume(config, stored)
   if config.dataset.path == 'auto':
-    config.dataset.path = feeds.choose_path(config, dataset.train, stored.get('dataset.path'), mesh)
+    config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
+        config, num_rows, dataset.train.shape, mesh_lib.memory(mesh))
   view_size = views.size(config, dataset.train.shape)
   if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
     config.augment.size = view_size[0]

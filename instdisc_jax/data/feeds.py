@@ -14,6 +14,7 @@ already cropped the images, 'view'.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import math
 import os
 import signal
 from typing import Any, TypeAlias
@@ -36,21 +37,45 @@ Feed: TypeAlias = 'Resident | Stream | Fake'
 Batch: TypeAlias = dict[str, jax.Array]
 
 
-def choose_path(config: config_lib.Config, images: images_lib.Images, before: str | None,
-                mesh: jax.sharding.Mesh) -> str:
+def choose_path(config: config_lib.Config, num_rows: int, image_shape: tuple[int, ...] | None,
+                memory: float) -> str:
   """'resident' or 'stream' for `dataset.path=auto`.
 
   Args:
     config: the run's configuration.
-    images: the images to train on.
-    before: the path that the run was started with, or None.
+    num_rows: N.
+    image_shape: (H, W, 3) of all images, or None if they differ.
+    memory: bytes of a device's memory.
+  """
+  if image_shape is None or config.dataset.name.startswith('fake:'):
+    return 'stream'
+  share = num_rows * math.prod(image_shape) / memory
+  return 'resident' if share <= config.dataset.resident_share else 'stream'
+
+
+def like(config: config_lib.Config, num_rows: int, image_shape: tuple[int, ...] | None,
+         mesh: jax.sharding.Mesh) -> tuple[type, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+  """The feed of a run without its images: (its class, what its `at` returns, without values).
+
+  Args:
+    config: the run's configuration; `dataset.path` is 'resident' or 'stream'.
+    num_rows: N.
+    image_shape: (H, W, 3) of all images, or None if they differ.
     mesh: the device mesh.
   """
-  if before is not None:
-    return before
-  fake = config.dataset.name.startswith('fake:')
-  fits = _fits(images, config.dataset.resident_share, mesh)
-  return 'resident' if fits and not fake else 'stream'
+  if config.dataset.path == 'resident' and image_shape is not None:
+    feed, images, batches = Resident, (num_rows, *image_shape), _per_dispatch(config, mesh)
+  else:
+    side = views.Crop.of(config, image_shape).side
+    feed, images, batches = Stream, (config.batch_size, side, side, 3), 1
+  place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=NamedSharding(mesh, spec))
+  return feed, (place(images, np.uint8, feed.specs[0]),
+                place((batches, config.batch_size), np.int32, feed.specs[1]))
+
+
+def _per_dispatch(config, mesh):
+  return config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
 
 
 def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.sharding.Mesh,
@@ -65,8 +90,7 @@ def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.shardin
   """
   chain = order.Chain.of(config, len(images))
   if config.dataset.path == 'resident':
-    per_dispatch = config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
-    return Resident(images, mesh, chain, per_dispatch)
+    return Resident(images, mesh, chain, _per_dispatch(config, mesh))
   crop = views.Crop.of(config, images.shape)
   if config.dataset.name.startswith('fake:'):
     return Fake(mesh, chain, crop.side)
@@ -279,17 +303,3 @@ def _prepare_worker(worker, num_workers):
 
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
   cv2.setNumThreads(1)
-
-
-def _fits(images, share, mesh):
-  """Whether all images, decoded, take at most this share of a device's memory.
-
-  Images of several sizes never fit.
-  """
-  if images.shape is None:
-    return False
-  device = mesh.local_devices[0]
-  memory = (device.memory_stats() or {}).get('bytes_limit')
-  if memory is None:  # a CPU: its devices share the machine's memory, each with a copy
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(mesh.local_devices)
-  return len(images) * int(np.prod(images.shape)) <= share * memory

@@ -93,14 +93,14 @@ class Engine:
     """
     side, shape = self._view(images)
     n = mesh_lib.padded(len(images), self._mesh.size) // self._mesh.size
-    per_device = _per_device(shape, n)
-    size = min(per_device, n)
-    index = functools.partial(by_row, per_device=per_device, size=size, n=n)
+    chunk_size = per_device(shape, n)
+    size = min(chunk_size, n)
+    index = functools.partial(by_row, per_device=chunk_size, size=size, n=n)
     program = self._programs((EMBEDDING,))
     rows, write = jax.jit(
         lambda: jnp.zeros((n * self._mesh.size, self._config.model.embedding_dim), jnp.float32),
         out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))(), write_rows(self._mesh)
-    for number, chunk in enumerate(self._read(images, index, math.ceil(n / size), per_device, side,
+    for number, chunk in enumerate(self._read(images, index, math.ceil(n / size), chunk_size, side,
                                               shape)):
       rows = write(rows, program(variables, chunk)[EMBEDDING], min(number * size, n - size),
                    len(images))
@@ -115,11 +115,11 @@ class Engine:
   def _in_order(self, images, first, side=None):
     """Yields (number of images, their views on the devices, padded with the last image)."""
     side, shape = self._view(images, side)
-    per_device = _per_device(shape, math.ceil((len(images) - first) / self._mesh.size))
-    total = per_device * self._mesh.size
+    chunk_size = per_device(shape, math.ceil((len(images) - first) / self._mesh.size))
+    total = chunk_size * self._mesh.size
     index = functools.partial(in_order, first=first, total=total)
     count = math.ceil((len(images) - first) / total)
-    for number, chunk in enumerate(self._read(images, index, count, per_device, side, shape)):
+    for number, chunk in enumerate(self._read(images, index, count, chunk_size, side, shape)):
       yield min(total, len(images) - first - number * total), chunk
 
   def _view(self, images, side=None):
@@ -129,9 +129,9 @@ class Engine:
     height, width = (side, side) if side is not None else _first_shape(images)
     return side, (height, width, 3)
 
-  def _read(self, images, index, count, per_device, side, shape):
-    """Yields the views of `count` chunks, on the devices."""
-    total = per_device * self._mesh.size
+  def _read(self, images, index, count, chunk_size, side, shape):
+    """Yields the views of `count` chunks of `chunk_size` images a device, on the devices."""
+    total = chunk_size * self._mesh.size
     slots = mesh_lib.local_slots(self._mesh, total)
     load = functools.partial(load_views, images=images, index=functools.partial(index, slots=slots),
                              side=side, shape=shape)
@@ -167,7 +167,7 @@ def by_row(chunk: int, *, slots: Int[np.ndarray, ' b'], per_device: int, size: i
 
 @functools.cache
 def write_rows(mesh: jax.sharding.Mesh) -> Any:
-  """A jitted (rows, embeddings of a chunk, its first row on each device, N) -> the rows with them."""
+  """A jitted (rows, embeddings of a chunk, its first row on each device, N) -> the new rows."""
   def device_part(rows, embeddings, first, num_rows):
     size = min(len(embeddings), len(rows))
     row = lax.axis_index(mesh_lib.AXIS) * len(rows) + first + jnp.arange(size)
@@ -239,8 +239,8 @@ def load_views(chunk: int, *, images: Images, index: Callable[[int], np.ndarray]
   return np.stack(views)
 
 
-def _per_device(shape, wanted):
-  """Images per device and chunk: few sizes to compile."""
+def per_device(shape: tuple[int, ...], wanted: int) -> int:
+  """Images per device and chunk, where `wanted` are to be encoded; few sizes to compile."""
   most = min(_CHUNK, max(1, _CHUNK_PIXELS // (shape[0] * shape[1])))
   return min(most, 1 << (wanted - 1).bit_length())
 

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Float, Int
 import numpy as np
 
+from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import views
 from instdisc_jax.evaluation import embedding, figures, knn
@@ -38,20 +39,13 @@ class Evaluator:
 
   def __init__(self, setup: Setup, dataset: data.Dataset, watch: preemption.Watch):
     self._setup, self._train = setup, dataset.train
-    self.queries, self._own_row = dataset.test, None
-    if dataset.test is None:
-      count = min(setup.num_rows, _MOST_QUERIES)
-      self._own_row = (np.arange(count) * setup.num_rows // count).astype(np.int32)
-      self.queries = dataset.train
-      if count < setup.num_rows:
-        self.queries = dataset.train.subset(self._own_row, f'{_MOST_QUERIES} queries')
+    self.queries, self._own_row = _queries(dataset)
     self.has_labels = dataset.train.labels is not None and self.queries.labels is not None
     config, mesh = setup.config, setup.mesh
     size = views.size(config, dataset.train.shape)
     self.side = size[0]
     self._engine = embedding.Engine(config, setup.encoder, mesh, size, watch.check)
-    k = min(max(config.knn.neighbors, figures.NEIGHBORS),
-            setup.num_rows - (self._own_row is not None))
+    k = num_searched(config, setup.num_rows - (self._own_row is not None))
     self._nearest = knn.over_mesh(mesh, k, setup.num_rows, config.knn.recall_target)
     self._exact = knn.over_mesh(mesh, k, setup.num_rows)
 
@@ -119,6 +113,22 @@ class Evaluator:
     k = self._setup.config.knn.neighbors
     return knn.top1(similarity[:, :k], row[:, :k], self._train.labels, self.queries.labels,
                     self._setup.config.knn.temperature)
+
+
+def _queries(dataset: data.Dataset) -> tuple[data.Images, Int[np.ndarray, ' Q'] | None]:
+  """(the query images; their rows in the bank, or None if they are held out)."""
+  if dataset.test is not None:
+    return dataset.test, None
+  num_rows = len(dataset.train)
+  if num_rows <= _MOST_QUERIES:
+    return dataset.train, np.arange(num_rows, dtype=np.int32)
+  rows = (np.arange(_MOST_QUERIES) * num_rows // _MOST_QUERIES).astype(np.int32)
+  return dataset.train.subset(rows, f'{_MOST_QUERIES} queries'), rows
+
+
+def num_searched(config: config_lib.Config, num_rows: int) -> int:
+  """How many neighbors are searched: enough for the vote, and for the figure."""
+  return min(max(config.knn.neighbors, figures.NEIGHBORS), num_rows)
 
 
 def _variables(state):

@@ -3,8 +3,8 @@
 A checkpoint holds the complete training state as the devices hold it, the bank with its padding,
 and N beside it. Every device writes and reads its own rows and no others: restored on another
 number of devices, rows past N are cut off or filled up with zeros. A checkpoint appears under its
-name only when it is complete, with N and the SHA-256 of each of its files in a manifest. One that no
-longer matches its manifest is damaged, and the previous one takes its place.
+name only when it is complete, with N and the SHA-256 of each of its files in a manifest. One that
+no longer matches its manifest is damaged, and the previous one takes its place.
 
 A state is a flax struct with the fields of `training.state.TrainState`.
 """
@@ -285,8 +285,9 @@ def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding) -> dict[s
   with _newest(folder) as (manager, step, metadata):
     count = _num_rows(files.place(folder) / str(step), metadata)
     tree = {name: metadata.tree[name] for name in _PER_ROW if metadata.tree.get(name) is not None}
-    padded = lambda rows: jax.ShapeDtypeStruct(
-        (mesh_lib.padded(count, sharding.num_devices), rows.shape[1]), rows.dtype, sharding=sharding)
+    total = 0 if count is None else mesh_lib.padded(count, sharding.num_devices)
+    padded = lambda rows: jax.ShapeDtypeStruct((total, rows.shape[1]), rows.dtype,
+                                               sharding=sharding)
     rows = _restore_like(manager, step, jax.tree.map(padded, tree)) if tree else {}
   return dict.fromkeys(_PER_ROW) | rows | {'num_rows': count}
 

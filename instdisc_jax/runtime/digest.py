@@ -39,8 +39,7 @@ def of_rows(rows: jax.Array, num_rows: int, mesh: jax.sharding.Mesh) -> str:
   Returns:
     The digest in hexadecimal, the same on every process.
   """
-  per_device = rows.shape[0] // mesh.size
-  size = min(per_device, max(1, _MOST_BYTES // (rows.shape[1] * rows.dtype.itemsize)))
+  per_device, size = rows.shape[0] // mesh.size, piece_size(rows, mesh)
   read, result = piece(mesh, size), hashlib.sha256()
   for start in range(0, num_rows, per_device):
     stop = min(start + per_device, num_rows)
@@ -54,9 +53,15 @@ def of_rows(rows: jax.Array, num_rows: int, mesh: jax.sharding.Mesh) -> str:
   return np.asarray(agreed, np.uint8).tobytes().hex()
 
 
+def piece_size(rows: Any, mesh: jax.sharding.Mesh) -> int:
+  """Rows that are fetched at once."""
+  return min(rows.shape[0] // mesh.size,
+             max(1, _MOST_BYTES // (rows.shape[1] * rows.dtype.itemsize)))
+
+
 @functools.cache
 def piece(mesh: jax.sharding.Mesh, size: int) -> Any:
-  """A jitted (rows, first) -> the bits of rows first..first+size-1, within one shard, everywhere."""
+  """A jitted (rows, first) -> the bits of `size` rows of one shard, on every device."""
   def device_part(rows, first):
     n, width = rows.shape[0], rows.dtype.itemsize
     local = first - lax.axis_index(AXIS) * n

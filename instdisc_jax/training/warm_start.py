@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 import numpy as np
@@ -101,7 +102,8 @@ def with_rows(state: TrainState, place: str, dataset: data.Dataset,
   """
   if not files.place(place).is_dir():
     return state
-  old = checkpoint.read_rows(files.place(place) / 'checkpoints', state.bank.sharding)
+  old = checkpoint.read_rows(files.place(place) / 'checkpoints',
+                             NamedSharding(mesh, P(AXIS)))
   known = None if old['bank'] is None else _known_rows(place, dataset)
   if known is _ALL:
     take = lambda fresh, before: before.astype(fresh.dtype)
@@ -110,7 +112,8 @@ def with_rows(state: TrainState, place: str, dataset: data.Dataset,
     row[:len(dataset.train)] = -1 if known is None else known
     slots = mesh_lib.local_slots(mesh, len(row))
     wanted = mesh_lib.place_local(row[slots], mesh, slots, len(row))
-    new = _new_rows(state, dataset.train, np.flatnonzero(row[:len(dataset.train)] < 0), slots, embed)
+    unknown = np.flatnonzero(row[:len(dataset.train)] < 0)
+    new = _new_rows(state, dataset.train, unknown, slots, embed)
     state = state.replace(bank=mesh_lib.place_local(new, mesh, slots, len(row)))
     take = lambda fresh, before: take_rows(mesh)(fresh, before, wanted)
   if old['bank'] is not None:

@@ -145,14 +145,13 @@ def test_image_i_is_row_i_of_the_bank():
 
 
 def test_what_fits_is_resident_and_the_rest_is_streamed():
-  mesh, config = mesh_lib.make(jax.devices()[:1]), _config()
-  images = Images(np.zeros((10, 8, 8, 3), np.uint8), None, '', shape=(8, 8, 3))
-  choose = lambda images: feeds.choose_path(config, images, None, mesh)
-  assert choose(images) == 'resident'
-  assert choose(IMAGES) == 'stream'  # of no known size
-  config.dataset.resident_share = 1e-12
-  assert choose(images) == 'stream'
-  assert feeds.choose_path(config, images, 'resident', mesh) == 'resident'  # as it was started
+  config = _config()
+  choose = lambda memory, shape=(8, 8, 3): feeds.choose_path(config, 10, shape, memory)
+  assert choose(4 * 1920) == 'resident'
+  assert choose(4 * 1920 - 1) == 'stream'
+  assert choose(2**30, None) == 'stream'  # of no known size
+  config.dataset.update(name='fake:10')
+  assert choose(2**30) == 'stream'
 
 
 def test_the_fake_feed_trains_on_the_chain_of_indices():

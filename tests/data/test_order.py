@@ -44,7 +44,8 @@ def test_the_order_is_the_same_with_every_numpy_version():
   np.testing.assert_array_equal(_batch(0, 8, 100, kind='permutation'),
                                 [13, 97, 16, 37, 21, 35, 55, 86])
   np.testing.assert_array_equal(_batch(0, 8, 100), [3, 87, 93, 85, 70, 25, 44, 98])
-  np.testing.assert_array_equal(_batch(5, 4, 2**31 - 1, seed=7), [421644961, 132736176, 841595591, 607208038])
+  np.testing.assert_array_equal(_batch(5, 4, 2**31 - 1, seed=7),
+                                [421644961, 132736176, 841595591, 607208038])
 
 
 @pytest.mark.parametrize('num_rows', [1, 2, 3, 4, 5, 7, 16, 17, 10_007])

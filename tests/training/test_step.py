@@ -266,7 +266,7 @@ def test_the_parametric_softmax_is_the_same_on_1_and_8_devices_and_is_restored(t
     checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 1, N)
     checkpoints.save(state8)
     setup = tiny.make_setup(config, 2)
-    like, mesh = tiny.fresh_state(setup), setup.mesh
+    like = tiny.fresh_state(setup)
     checkpoints.close()
     restored = checkpoint.Checkpoints(tmp_path / 'c', 1, N).restore(like)
   for name in ('weights', 'momentum'):
