@@ -36,15 +36,14 @@ def main(argv=None) -> int:
       errors.check_output(output, ('.json',))
     config = cli.read_config(args.config, overrides)
     run = programs.Run(config, *hardware.absent(args.topology), args.queries)
-    console, progress = rich_console.Console(), rich_console.Console(stderr=True)
-    reports = []
+    reports, progress = [], rich_console.Console(stderr=True)
     for name in chosen:
       with progress.status(f'compiling {name} for {args.topology}'):
         reports.append(run.compile(name))
       progress.print(f'{name}: {reports[-1].compile_seconds:.1f} s', highlight=False)
-    programs.show(run, reports, console)
+    programs.show(run, reports)
     fits, line = run.verdict(reports)
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print(line)
     if output is not None:
       content = programs.to_json(run, reports, args.topology)
       files.write(output, json.dumps(content, indent=2) + '\n')

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich import box as rich_box
 from rich import console as rich_console
 from rich import table as rich_table
 
@@ -39,6 +40,7 @@ from instdisc_jax.training import step as step_lib
 
 NAMES = ('init', 'step', 'embed', 'rows', 'knn', 'check', 'checkpoint', 'digest', 'restore')
 QUERIES = 50_000
+_WIDTH = 200  # of the table, in characters: cut columns would say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Run:
           | {'beside': _bytes(self._state)})
     start = time.monotonic()
     function, arguments = self._make[name]()
-    beside = _bytes((self._state, self._batches[0])) - _bytes(
-        arguments, among=(self._state, self._batches[0]))
+    held = self._batches[0] if name == 'init' else (self._state, self._batches[0])
+    beside = _bytes(held) - _bytes(arguments, among=held)
     given = _bytes(arguments)
     if given > self.chip.memory:
       return self._refused(name, given, given, beside)
@@ -213,31 +215,32 @@ class Run:
                                 'temporary': needed - given, 'total': needed, 'beside': beside})
 
 
-def show(run: Run, reports: list[Report], console: rich_console.Console) -> None:
-  """Prints a table, a line a program; all numbers are per device."""
-  config, chip = run.setup.config, run.chip
+def show(run: Run, reports: list[Report]) -> None:
+  """Prints a table, a line a program."""
+  config, capacity = run.setup.config, run.chip.memory
   table = rich_table.Table(
+      box=rich_box.SIMPLE, title_justify='left', padding=(0, 1, 0, 0),
       title=f'{config.model.name}, {config.loss.name}, N = {run.setup.num_rows:,}, '
-            f'B = {config.batch_size:,}, on {run.setup.mesh.size} devices; per device')
-  for name in ('program', 'compiled in', 'GFLOP', 'GB moved', 'arguments, GB', 'outputs, GB',
-               'temporary, GB', f'needed of {chip.memory / 1e9:.1f} GB', 'collectives',
-               'roofline', 'bound by'):
-    table.add_column(name, justify='left' if name in ('program', 'collectives') else 'right')
+            f'B = {config.batch_size:,}, {run.setup.mesh.size} devices; per device, in MB and ms')
+  for name in ('program', 'compiled in', 'GFLOP', 'moved', 'arguments', 'outputs', 'temporary',
+               f'needed of {capacity / 1e6:,.0f}', 'roofline', 'bound by', 'collectives'):
+    table.add_column(name, no_wrap=True,
+                     justify='left' if name in ('program', 'collectives') else 'right')
   for report in reports:
-    memory = [f'{report.memory[key] / 1e9:.3f}' for key in ('arguments', 'outputs', 'temporary')]
-    memory.append(f'{report.needed / 1e9:.3f}')
+    memory = [f'{report.memory[key] / 1e6:,.1f}' for key in ('arguments', 'outputs', 'temporary')]
+    memory.append(f'{report.needed / 1e6:,.1f}')
     if report.costs is None:
-      table.add_row(report.program, '–', '–', '–', *memory, '–', '–', '–')
+      table.add_row(report.program, *'–––', *memory, *'–––')
       continue
-    carried = '\n'.join(f'{found.count} {found.kind}, {found.bytes / 1e6:,.3f} MB'
+    carried = ', '.join(f'{found.count} {found.kind} {found.bytes / 1e6:,.2f}'
                         for found in report.costs.collectives)
     seconds = report.roofline_seconds
-    roofline = '–' if seconds is None else f'{seconds * 1e3:,.3f} ms'
     table.add_row(report.program, f'{report.compile_seconds:.1f} s',
                   f'{sum(report.costs.flops.values()) / 1e9:,.1f}',
-                  f'{report.costs.bytes / 1e9:,.3f}', *memory, carried or 'none', roofline,
-                  report.bound_by or '–')
-  console.print(table)
+                  f'{report.costs.bytes / 1e6:,.1f}', *memory,
+                  '–' if seconds is None else f'{seconds * 1e3:,.3f}', report.bound_by or '–',
+                  carried or 'none')
+  rich_console.Console(width=_WIDTH).print(table)
 
 
 def to_json(run: Run, reports: list[Report], topology: str) -> dict[str, Any]:
