@@ -107,7 +107,7 @@ def describe(config: config_lib.Config, seed: int) -> tuple[int, tuple[int, ...]
   share = _share(config.validation)
   if kind == 'fake' and rest.isdigit() and int(rest):
     count, shape = int(rest), (fake.SIDE, fake.SIDE, 3)
-  elif kind == 'tfds' and rest in tfds.PUBLISHED and config.data_dir is None:
+  elif kind == 'tfds' and rest in tfds.PUBLISHED:
     count, shape = tfds.PUBLISHED[rest]
   else:
     train = load(config, seed).train

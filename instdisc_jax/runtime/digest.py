@@ -56,7 +56,7 @@ def of_rows(rows: jax.Array, num_rows: int, mesh: jax.sharding.Mesh) -> str:
 def piece_size(rows: Any, mesh: jax.sharding.Mesh) -> int:
   """Rows that are fetched at once."""
   return min(rows.shape[0] // mesh.size,
-             max(1, _MOST_BYTES // (rows.shape[1] * rows.dtype.itemsize)))
+             max(1, _MOST_BYTES // (rows.shape[1] * max(4, rows.dtype.itemsize))))
 
 
 @functools.cache

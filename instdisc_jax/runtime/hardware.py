@@ -104,9 +104,11 @@ def absent(topology: str) -> tuple[list[Any], Chip]:
                                      target_config=_H100))
   else:
     _need('libtpu', 'tpu')
-    # Nothing asks a cloud what this machine is, two may compile at a time, and libtpu is quiet.
-    os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-                   'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3'}
+    # libtpu would ask a cloud what this machine is, warn that there is none, and lock itself.
+    for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
+                        ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
+                        ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')):
+      os.environ.setdefault(name, value)
     alone: Any = {'chips_per_host_bounds': (1, 1, 1)} if set(sizes) == {1} else {}
     found = _describe(topology, dict(platform='tpu', topology_name=topology) | alone)
   return found.devices, CHIPS[name]

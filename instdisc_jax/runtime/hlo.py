@@ -155,9 +155,8 @@ def _kernels(computations, name, times) -> Iterator[tuple[_Computation, _Instruc
   """Every instruction that runs as a kernel, with its computation and how often it runs."""
   for instruction in computations[name].values():
     if instruction.opcode == 'while':
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
-      yield from _kernels(computations, instruction.attribute('body'),
-                          times * (int(trips[1]) if trips else 1))
+      trips = _trips(computations, computations[name], instruction)
+      yield from _kernels(computations, instruction.attribute('body'), times * trips)
     elif instruction.opcode == 'conditional':  # the branch that costs most
       branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.attributes)
       names = (re.findall(r'%?([\w.\-]+)', branches[1]) if branches else
@@ -169,6 +168,31 @@ def _kernels(computations, name, times) -> Iterator[tuple[_Computation, _Instruc
       yield from _kernels(computations, instruction.attribute('to_apply'), times)
     elif instruction.opcode not in _FREE:
       yield computations[name], instruction, times
+
+
+def _trips(computations, scope, loop) -> int:
+  """How often a loop runs; 1 if that is not known."""
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if known:
+    return int(known[1])
+  condition = computations[loop.attribute('condition')]
+  compare = next(inner for inner in condition.values() if inner.is_root)
+  if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
+    return 1
+  carried = scope[loop.operands[0]].operands
+
+  def initially(name):
+    """The integer that a value of the condition is before the first iteration, or None."""
+    value, where = condition[name], condition
+    if value.opcode == 'get-tuple-element':
+      position = int(re.search(r'index=(\d+)', value.attributes)[1])
+      value, where = scope.get(carried[position]) if position < len(carried) else None, scope
+    while value is not None and value.opcode in ('copy', 'bitcast') and value.operands:
+      value = where.get(value.operands[0])
+    return int(value.text) if value is not None and re.fullmatch(r'-?\d+', value.text) else None
+
+  first, end = map(initially, compare.operands)
+  return max(1, end - (first or 0)) if end is not None else 1
 
 
 def _inside(computations, scope, instruction):

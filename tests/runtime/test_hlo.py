@@ -107,3 +107,38 @@ def test_the_texts_of_other_compilers_are_read():
   assert tpu.flops == {'bfloat16': 2 * 4 * 8 * 8 * 32 * 9 * 16}
   kernel, images, result = (2 * n for n in (9 * 16 * 32, 4 * 64 * 16, 4 * 64 * 32))
   assert tpu.bytes == kernel + images + result  # the kernel is read once, into memory on the chip
+
+
+LOOP = """
+HloModule jit_step
+
+%condition (p: (s32[], f32[8,8], s32[])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[8,8]{1,0}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %end = s32[]{:T(128)} get-tuple-element(%p), index=2
+  ROOT %lt = pred[]{:T(512)} compare(%i, %end), direction=LT
+}
+
+%body (p: (s32[], f32[8,8], s32[])) -> (s32[], f32[8,8], s32[]) {
+  %p = (s32[]{:T(128)}, f32[8,8]{1,0}, s32[]{:T(128)}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %tuple = (s32[]{:T(128)}, f32[8,8]{1,0}, s32[]{:T(128)}) tuple(%p, %y, %p)
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %first = s32[]{:T(128)} copy(%one)
+  %end = s32[]{:T(128)} constant(6)
+  %tuple = (s32[]{:T(128)}, f32[8,8]{1,0}, s32[]{:T(128)}) tuple(%first, %x, %end)
+  %while = (s32[]{:T(128)}, f32[8,8]{1,0}, s32[]{:T(128)}) while(%tuple), condition=%condition, body=%body
+  ROOT %y = f32[8,8]{1,0} get-tuple-element(%while), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_whose_length_is_not_stated_is_counted_by_its_condition():
+  assert hlo.costs(LOOP).flops == {'default': 5 * 2 * 8**3}
+  unknown = LOOP.replace('constant(6)', 'parameter(1)')
+  assert hlo.costs(unknown).flops == {'default': 2 * 8**3}
