@@ -105,10 +105,10 @@ def absent(topology: str) -> tuple[list[Any], Chip]:
   else:
     _need('libtpu', 'tpu')
     # libtpu would ask a cloud what this machine is, warn that there is none, and lock itself.
-    for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    for variable, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
                         ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
                         ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')):
-      os.environ.setdefault(name, value)
+      os.environ.setdefault(variable, value)
     alone: Any = {'chips_per_host_bounds': (1, 1, 1)} if set(sizes) == {1} else {}
     found = _describe(topology, dict(platform='tpu', topology_name=topology) | alone)
   return found.devices, CHIPS[name]
