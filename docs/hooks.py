@@ -31,7 +31,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md',
           'results/scaling.png': 'benchmarks/results/scaling.png'}
 _WIDE = 'errors.md', 'parity.md', 'scale.md'  # large tables, which take the place of the contents
-_ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce')
+_ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce', 'compile')
 _GROUPS = {'': 'The run', 'dataset': 'Data', 'model': 'Encoder', 'loss': 'Loss',
            'bank': 'Memory bank', 'optimizer': 'Optimizer', 'augment': 'Augmentation',
            'knn': 'kNN during training', 'checkpoint': 'Checkpoints'}

@@ -97,9 +97,10 @@ class Engine:
     size = min(chunk_size, n)
     index = functools.partial(by_row, per_device=chunk_size, size=size, n=n)
     program = self._programs((EMBEDDING,))
-    rows, write = jax.jit(
-        lambda: jnp.zeros((n * self._mesh.size, self._config.model.embedding_dim), jnp.float32),
-        out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))(), write_rows(self._mesh)
+    total, dim = n * self._mesh.size, self._config.model.embedding_dim
+    dtype, write = jnp.promote_types(self._config.model.dtype, jnp.float32), write_rows(self._mesh)
+    rows = jax.jit(lambda: jnp.zeros((total, dim), dtype),
+                   out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))()
     for number, chunk in enumerate(self._read(images, index, math.ceil(n / size), chunk_size, side,
                                               shape)):
       rows = write(rows, program(variables, chunk)[EMBEDDING], min(number * size, n - size),
@@ -172,7 +173,7 @@ def write_rows(mesh: jax.sharding.Mesh) -> Any:
     size = min(len(embeddings), len(rows))
     row = lax.axis_index(mesh_lib.AXIS) * len(rows) + first + jnp.arange(size)
     new = jnp.where(row[:, None] < num_rows, embeddings[:size], 0)
-    return lax.dynamic_update_slice(rows, new, (first, 0))
+    return lax.dynamic_update_slice_in_dim(rows, new, first, 0)
 
   spec = P(mesh_lib.AXIS)
   return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(spec, spec, P(), P()),
