@@ -185,7 +185,7 @@ def _trips(computations, scope, loop) -> int:
     """The integer that a value of the condition is before the first iteration, or None."""
     value, where = condition[name], condition
     if value.opcode == 'get-tuple-element':
-      position = int(re.search(r'index=(\d+)', value.attributes)[1])
+      position = int(re.findall(r'index=(\d+)', value.attributes)[0])
       value, where = scope.get(carried[position]) if position < len(carried) else None, scope
     while value is not None and value.opcode in ('copy', 'bitcast') and value.operands:
       value = where.get(value.operands[0])

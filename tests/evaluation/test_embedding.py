@@ -198,9 +198,10 @@ def test_a_streamed_run_sees_the_host_s_central_views_of_an_array():
   assert np.abs(on_the_device['embedding'] - expected['embedding']).max() > 1e-5  # not rounded
 
 
-@pytest.mark.parametrize('num_devices', [1, 3, 8])
-@pytest.mark.parametrize('kind', ['in memory', 'cropped on the host'])
-@pytest.mark.parametrize('chunk', [2, 256])
+@pytest.mark.parametrize('num_devices, kind, chunk', [
+    (1, 'in memory', 256), (3, 'in memory', 2), (8, 'cropped on the host', 256),
+    pytest.param(8, 'in memory', 2, marks=pytest.mark.slow),
+    pytest.param(3, 'cropped on the host', 2, marks=pytest.mark.slow)])
 def test_fresh_rows_are_the_embeddings_each_on_its_own_device(monkeypatch, num_devices, kind,
                                                               chunk):
   monkeypatch.setattr(embedding, '_CHUNK', chunk)
