@@ -60,13 +60,11 @@ devices, and the step with ResNet-50 for few rows ({encoders}).
 
 WHY = """
 Where compiled and modeled differ by more than a fifth (marked *): the compiled softmax writes the
-scores of a block to memory and reads them back, which the model leaves out. At few rows per device
-it is the rest of the loss, the sums over B queries and the update of B rows, that takes the time.
-Where a bank does not fit, nothing was compiled.
+scores of a block to memory and reads them back, several times, which the model leaves out. On a TPU
+the scores of few rows stay on the chip. Where a bank does not fit, nothing was compiled.
 
-On one chip the time of the softmax grows with N. On more, each has N / devices rows but all B
-queries: with {PER_DEVICE} images per device the softmax takes the same time on any number of chips
-for the same N, and its share of the step depends on N alone.
+Each device has N / devices rows but all B queries. So with {PER_DEVICE} images per device the
+softmax takes the same time on any number of devices, and its share of the step depends on N alone.
 """
 
 
@@ -133,8 +131,10 @@ def page(rows, encoders):
       lines.append(head + f'too large | – | – | {r["modeled ms"]:.3g} | – | – |')
       continue
     mark = '*' if abs(r['softmax ms'] / r['modeled ms'] - 1) > 0.2 else ''
+    fits = r['memory GB'] * 1e9 <= hardware.CHIPS[r['topology'].partition(':')[0]].memory
     lines.append(
-        head + f'{r["memory GB"]:.2f} | {r["encoder ms"]:.1f} | {r["softmax ms"]:.3g}{mark} | '
+        head + f'{r["memory GB"]:.2f}{"" if fits else " (too large)"} | '
+        f'{r["encoder ms"]:.1f} | {r["softmax ms"]:.3g}{mark} | '
         f'{r["modeled ms"]:.3g} | {r["softmax ms"] / (r["softmax ms"] + r["encoder ms"]):.1%} | '
         f'{r["sent MB"]:.2f} |')
   return text + '\n'.join(lines) + '\n' + WHY.format(PER_DEVICE=PER_DEVICE)
