@@ -64,12 +64,13 @@ def main():
   source = Images(folder.Files(args.images, paths), None, '', names=paths)
   batch_size, steps = args.batch_size, max(2, len(paths) // args.batch_size)
   slots = np.arange(batch_size)
-  load = functools.partial(feeds.load_batch, images=source, batch_size=batch_size, slots=slots,
+  chain = order.Chain(0, batch_size, len(source))
+  load = functools.partial(feeds.load_batch, images=source, chain=chain, slots=slots,
                            crop=views.Crop(0, SIDE, SCALE, RATIO))
   files = source.files
 
   def plain_batch(step):
-    index = order.batch_index(0, step, batch_size, len(source))
+    index = chain.batch(step)
     place = step * batch_size + slots
     drawn = threefry.uniform(0, (threefry.AUGMENT, place, index), crops.DRAWS)
     return plain(files, index, drawn)

@@ -1,16 +1,21 @@
-"""Communication between devices, counted in the compiled step, and what it means for a pod.
+"""Communication, memory and time of the step, from compiled programs.
 
-    python benchmarks/scaling.py [--chip=v5e]
+    python benchmarks/scaling.py
 
 First table: the step of a small encoder compiled for 1 to 8 virtual devices; values carried by all
 its collectives, less the all-reduce of gradients and batch-norm statistics, against N, B and the
-device count. Second table, benchmarks/results/scaling.png and docs/scale.md: a model, not a
-measurement, of the time per step of ResNet-50 at 224 pixels, for 1 to 4,096 chips.
+device count. Second table, benchmarks/results/scaling_compiled.json and docs/scale.md: programs
+compiled for 1 to 256 v5e chips and 1 to 8 H100s (needs the extras tpu-compiler and gpu-compiler),
+beside a model of the time. Nothing is run. Takes about a quarter of an hour on two cores.
 """
 
 import argparse
-import math
+from concurrent import futures
+import json
 import os
+import pathlib
+import subprocess
+import tempfile
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 
@@ -18,52 +23,48 @@ import sys  # noqa: E402  (after XLA's flags are set)
 
 import common  # noqa: E402
 import jax  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(common.ROOT))
+from instdisc_jax.runtime import hardware  # noqa: E402
 from tests import programs  # noqa: E402
 
-# Peak bfloat16 FLOP/s, HBM bytes/s, bytes/s of all links of a chip, bytes of HBM; from the public
-# data sheets.
-CHIPS = {'v4': (275e12, 1.2e12, 300e9, 32e9), 'v5e': (197e12, 0.82e12, 200e9, 16e9),
-         'v6e': (918e12, 1.64e12, 448e9, 32e9), 'h100': (989e12, 3.35e12, 450e9, 80e9)}
-D, M, GFLOP, PARAMETERS = 128, 4096, 24.5, 25.6e6
+# Peak bfloat16 FLOP/s and bytes/s of the memory.
+CHIPS = {name: (chip.flops, chip.bandwidth) for name, chip in hardware.CHIPS.items()}
+D, PARAMETERS = 128, 23.8e6
 SIZES = (50_000, 1_281_167, 10_000_000, 100_000_000, 1_000_000_000)
-COUNTS = (1, 4, 16, 64, 256, 1024, 4096)
-LOSSES = ('softmax', 'NCE', 'NCE, shared noise')
+MACHINES = {'v5e:1x1': 1, 'v5e:2x2': 4, 'v5e:4x4': 16, 'v5e:8x8': 64, 'v5e:16x16': 256,
+            'h100:1': 1, 'h100:8': 8}
+PER_DEVICE = 64  # images
+RECIPE = 'configs/imagenet_tpu.py'
+SMALL = {'model.name': 'resnet10_cifar', 'model.width': 1, 'augment.size': 8}
 
 PAGE = """# Scale
 
-Memory and time per step for N from 50,000 to 1,000,000,000 images on 1 to 4,096 {chip} chips,
-ResNet-50 at 224 pixels. A model, not a measurement: `python benchmarks/scaling.py` writes this
-page. The same script [counts the communication](results/benchmarks.md#communication) in compiled
-programs.
+Memory and time of a training step of ResNet-50 at 224 pixels with the exact softmax, a bank in
+bfloat16, D = {D} and {PER_DEVICE} images per device, for N from 50,000 to 1,000,000,000. Compiled
+for these devices by their real compilers, run on none of them: `python benchmarks/scaling.py`
+writes this page, and [counts the communication](results/benchmarks.md#communication).
 
-Per step and chip, with D = {D}, M = {M:,}, {memory:.0f} GB/s of HBM bandwidth, a peak of
-{peak:.0f} TFLOP/s and a bank in bfloat16 (float32 takes twice the memory):
+Each row is the sum of two compiled programs: the step with a tiny encoder for this N and these
+devices, and the step with ResNet-50 for few rows ({encoders}).
 
-| part | time |
-|---|---|
-| encoder | B / chips · {GFLOP} GFLOP / (0.4 · peak) |
-| softmax | the larger of 4·B·D·N/chips FLOP / (0.6 · peak), and 4·D·N/chips bytes / HBM |
-| NCE, sampled softmax | as the softmax if N / chips is below B·M, else 4·B·M·D bytes / HBM |
-| the same with `loss.shared_noise` | as a softmax over M rows |
-| communication | {communication} |
+* **memory**: what the compiler reserves on a device: arguments, results and temporary values;
+* **compiled**: the roofline of the program, the larger of its FLOPs over the device's peak and its
+  bytes over the memory's bandwidth, from the data sheets, part by part; communication is not in it;
+* **modeled**: the softmax as the larger of 4·B·D·N/devices FLOP over peak, and two passes over its
+  rows, 4·D·N/devices bytes, over bandwidth;
+* **sent**: bytes that the collectives of the loss carry per device; gradients come on top
+  ({gradients:.0f} MB in float32, `model.reduce_dtype=bfloat16` halves it).
 
-64 images per chip, but at most 16,384 in the batch. The shares 0.4 and 0.6 are assumptions. The
-communication does not depend on N: rows of the bank are never sent.
 """
 
-WHERE = f"""## Limits of each loss
+WHY = """
+Where compiled and modeled differ by more than a fifth (marked *): the compiled softmax writes the
+scores of a block to memory and reads them back, several times, which the model leaves out. On a TPU
+the scores of few rows stay on the chip. Where a bank does not fit, nothing was compiled.
 
-* **The exact softmax** costs B·N / chips, the encoder B / chips: its share of the step depends only
-  on N, not on the number of chips (on one chip it is bound by memory, and its share is larger).
-* **NCE and the sampled softmax with separate noise for each image** cost as much as the softmax
-  unless the B·M rows drawn are fewer than the rows on a chip: on many chips the softmax is as fast,
-  and exact. They also hold B·N/chips scores, or B·M·D gathered values, at once, which does not fit
-  for large batches.
-* **With shared noise** they cost next to nothing at any N, but their gradient varies more.
-* **Memory** limits all of them: a row takes {2 * D} bytes.
+Each device has N / devices rows but all B queries. So with {PER_DEVICE} images per device the
+softmax takes the same time on any number of devices, and its share of the step depends on N alone.
 """
 
 
@@ -81,105 +82,77 @@ def counted():
   return rows
 
 
-def bank_seconds(loss, n, chips, batch, chip):
-  """Time of a loss and its gradient on a chip's rows, of bfloat16.
-
-  The softmax multiplies all its N / chips rows by all queries, twice. So does NCE, unless those are
-  more than the B·M rows drawn, which are then gathered, twice. Shared noise is M rows altogether.
-  """
-  peak, memory, *_ = CHIPS[chip]
-  rows = n / chips
-  product = lambda rows: max(4 * batch * D * rows / (peak * 0.6), 2 * rows * D * 2 / memory)
-  if loss == 'softmax' or (loss == 'NCE' and batch * M > rows):
-    return product(rows)
-  return 2 * batch * M * D * 2 / memory if loss == 'NCE' else product(M)
-
-
-def modeled(chip):
-  """Rows of the second table, times in ms."""
-  peak, _, link, capacity = CHIPS[chip]
-  rows = []
-  for n in SIZES:
-    for chips in COUNTS:
-      batch = min(64 * chips, 16_384)
-      encoder = batch / chips * GFLOP * 1e9 / (peak * 0.4)
-      communication = 0.0
-      if chips > 1:
-        communication = (2 * batch * (D + 2) + 2 * PARAMETERS) * 4 / link + 1e-5 * math.log2(chips)
-      held = n / chips * D * 2
-      row = {'N': n, 'chips': chips, 'B': batch, 'bank GB per chip': held / 1e9,
-             'fits': held < capacity / 2, 'encoder ms': encoder * 1e3,
-             'communication ms': communication * 1e3}
-      row |= {f'{loss} ms': bank_seconds(loss, n, chips, batch, chip) * 1e3 for loss in LOSSES}
-      rows.append(row | {'softmax share': row['softmax ms'] / (
-          row['softmax ms'] + row['encoder ms'] + row['communication ms'])})
-  return rows
+def compiled(topology, program='step', **settings):
+  """A program of the recipe, as `instdisc_jax.compile` reports it; None if it does not fit."""
+  with tempfile.TemporaryDirectory() as folder:
+    output = pathlib.Path(folder) / 'c.json'
+    done = subprocess.run(
+        [sys.executable, '-m', 'instdisc_jax.compile', f'--config={RECIPE}',
+         f'--topology={topology}', f'--program={program}', f'--output={output}',
+         *(f'--config.{key}={value}' for key, value in settings.items())],
+        check=False, capture_output=True, text=True, cwd=common.ROOT,
+        env={key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'})
+    if done.returncode not in (0, 1) or not output.exists():
+      raise SystemExit(done.stderr)
+    print(topology, settings, done.stdout.splitlines()[-1], flush=True)
+    found = json.loads(output.read_text())
+  return found['programs'][0] if found['fits'] else None
 
 
-def limits(chip):
-  """For each number of chips, the N at which each loss reaches its limit."""
-  peak, memory, _, capacity = CHIPS[chip]
-  rows = []
-  for chips in COUNTS:
-    batch = min(64 * chips, 16_384)
-    encoder = batch / chips * GFLOP * 1e9 / (peak * 0.4)
-    row_seconds = max(4 * batch * D / (peak * 0.6), 4 * D / memory) / chips  # of the softmax
-    gather = bank_seconds('NCE', math.inf, chips, batch, chip)
-    rows.append({'chips': chips, 'B': batch, 'tenth': 0.1 * encoder / row_seconds,
-                 'equal': encoder / row_seconds,
-                 'NCE cheaper': max(gather / row_seconds, batch * M * chips),
-                 'full': capacity / 2 / (2 * D) * chips})
-  return rows
+def row(topology, n, encoders):
+  """A row of the second table."""
+  chip, devices = CHIPS[topology.partition(':')[0]], MACHINES[topology]
+  batch = PER_DEVICE * devices
+  loss = compiled(topology, **SMALL, **{'batch_size': batch, 'dataset.name': f'fake:{n}'})
+  rows = n / devices
+  found = {'topology': topology, 'N': n, 'B': batch, 'bank GB': rows * D * 2 / 1e9,
+           'modeled ms': 1e3 * max(4 * batch * D * rows / chip[0], 4 * D * rows / chip[1])}
+  if loss is None:
+    return found | dict.fromkeys(('memory GB', 'softmax ms', 'encoder ms', 'sent MB'))
+  encoder = encoders[topology.partition(':')[0]]
+  sent = sum(c['bytes'] for c in loss['collectives'])
+  return found | {
+      'memory GB': (loss['memory']['total'] + encoder['memory']['total']) / 1e9,
+      'softmax ms': loss['roofline_seconds'] * 1e3,
+      'encoder ms': encoder['roofline_seconds'] * 1e3, 'sent MB': sent / 1e6}
 
 
-def page(chip, rows, ends):
+def page(rows, encoders):
   """The text of docs/scale.md."""
-  peak, memory, link, _ = CHIPS[chip]
-  short = lambda n: f'{n:.1e}'.replace('e+0', 'e').replace('e+', 'e')
-  communication = (f'(2·B·(D + 2) + 2 · 25.6e6 gradients) · 4 bytes / {link / 1e9:.0f} GB/s + '
-                   '10 µs · log2(chips)')
-  head = PAGE.format(chip=chip, peak=peak / 1e12, memory=memory / 1e9, communication=communication,
-                     D=D, M=M, GFLOP=GFLOP)
-  lines = ['| N | chips | B | bank, GB per chip | encoder, ms | communication, ms | '
-           + ' | '.join(f'{loss}, ms' for loss in LOSSES) + ' | softmax, share of its step |',
-           '|---' * (7 + len(LOSSES)) + '|']
-  for row in rows:
-    held = f'{row["bank GB per chip"]:.3g}' + ('' if row['fits'] else ' (too large)')
+  text = PAGE.format(
+      D=D, PER_DEVICE=PER_DEVICE, gradients=PARAMETERS * 4 / 1e6,
+      encoders=', '.join(f'{e["topology"]}: {e["memory"]["total"] / 1e9:.2f} GB, '
+                         f'{e["roofline_seconds"] * 1e3:.1f} ms' for e in encoders.values()))
+  lines = ['| devices | N | B | bank, GB | memory, GB | encoder, ms | softmax, compiled, ms | '
+           'softmax, modeled, ms | softmax, share | sent, MB |', '|---' * 10 + '|']
+  for r in rows:
+    head = f'| {r["topology"]} | {r["N"]:,} | {r["B"]:,} | {r["bank GB"]:.3g} | '
+    if r['memory GB'] is None:
+      lines.append(head + f'too large | – | – | {r["modeled ms"]:.3g} | – | – |')
+      continue
+    mark = '*' if abs(r['softmax ms'] / r['modeled ms'] - 1) > 0.2 else ''
+    fits = r['memory GB'] * 1e9 <= hardware.CHIPS[r['topology'].partition(':')[0]].memory
     lines.append(
-        f'| {row["N"]:,} | {row["chips"]:,} | {row["B"]:,} | {held} | {row["encoder ms"]:.1f} | '
-        f'{row["communication ms"]:.2f} | '
-        + ' | '.join(f'{row[f"{loss} ms"]:.3g}' for loss in LOSSES)
-        + f' | {row["softmax share"]:.1%} |')
-  table = ['| chips | B | softmax: a tenth of the encoder at N = | equal to the encoder at N = | '
-           'NCE is cheaper from N = | the bank fills half of the memory at N = |', '|---' * 6 + '|']
-  table += [f'| {row["chips"]:,} | {row["B"]:,} | '
-            + ' | '.join(short(row[key]) for key in ('tenth', 'equal', 'NCE cheaper', 'full'))
-            + ' |' for row in ends]
-  return f'{head}\n' + '\n'.join(lines) + '\n\n' + WHERE + '\n' + '\n'.join(table) + '\n'
+        head + f'{r["memory GB"]:.2f}{"" if fits else " (too large)"} | '
+        f'{r["encoder ms"]:.1f} | {r["softmax ms"]:.3g}{mark} | '
+        f'{r["modeled ms"]:.3g} | {r["softmax ms"] / (r["softmax ms"] + r["encoder ms"]):.1%} | '
+        f'{r["sent MB"]:.2f} |')
+  return text + '\n'.join(lines) + '\n' + WHY.format(PER_DEVICE=PER_DEVICE)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--chip', choices=CHIPS, default='v5e')
-  args = parser.parse_args()
+  parser.parse_args()
   jax.config.update('jax_num_cpu_devices', 8)
   common.report('scaling_traffic', 'values communicated per step', counted())
-  rows = modeled(args.chip)
-  common.report('scaling_model', f'modeled, {args.chip}', rows, chip=args.chip)
-  figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-  for n, style in ((1_281_167, '-'), (100_000_000, '--'), (1_000_000_000, ':')):
-    chosen = [row for row in rows if row['N'] == n and row['chips'] > 1]
-    for part, color in (('encoder ms', '#1f77b4'), ('softmax ms', '#d62728'),
-                        ('communication ms', '#7f7f7f')):
-      axes.plot([row['chips'] for row in chosen], [row[part] for row in chosen], style, color=color,
-                label=f'{part[:-3]}, N = {n:.3g}' if part == 'softmax ms' or n < 2e6 else None)
-  axes.set(xscale='log', yscale='log', xlabel='chips', ylabel='ms per step',
-           title=f'modeled step, ResNet-50, {args.chip}')
-  axes.legend(fontsize=7)
-  axes.grid(alpha=0.3)
-  figure.savefig(common.ROOT / 'benchmarks' / 'results' / 'scaling.png', dpi=110)
-  (common.ROOT / 'docs' / 'scale.md').write_text(page(args.chip, rows, limits(args.chip)))
+  few = lambda devices: {'batch_size': PER_DEVICE * devices, 'dataset.name': 'fake:50000'}
+  encoders = {'v5e': compiled('v5e:2x2', **few(4)), 'h100': compiled('h100:1', **few(1))}
+  with futures.ThreadPoolExecutor(2) as pool:  # each compiler keeps one core busy
+    rows = list(pool.map(lambda pair: row(*pair, encoders),
+                         [(topology, n) for topology in MACHINES for n in SIZES]))
+  common.report('scaling_compiled', 'compiled for, not run on', rows, encoders=encoders)
+  (common.ROOT / 'docs' / 'scale.md').write_text(page(rows, encoders))
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from instdisc_jax import config as config_lib
 def get_config():
   config = config_lib.default()
   config.dataset.name = 'digits'
+  config.dataset.order = 'permutation'  # as when the figures of the documents were measured
   config.model.name = 'resnet10'
   config.model.width = 16
   # Used only by nce and sampled_softmax. A Z estimated on the initial, random bank is far too small

@@ -28,10 +28,9 @@ from instdisc_jax import config as config_lib
 
 _LOG = logging.getLogger('mkdocs.hooks')
 _ROOT = pathlib.Path(__file__).parents[1]
-_ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md',
-          'results/scaling.png': 'benchmarks/results/scaling.png'}
+_ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
 _WIDE = 'errors.md', 'parity.md', 'scale.md'  # large tables, which take the place of the contents
-_ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce')
+_ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce', 'compile')
 _GROUPS = {'': 'The run', 'dataset': 'Data', 'model': 'Encoder', 'loss': 'Loss',
            'bank': 'Memory bank', 'optimizer': 'Optimizer', 'augment': 'Augmentation',
            'knn': 'kNN during training', 'checkpoint': 'Checkpoints'}

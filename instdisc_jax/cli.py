@@ -54,6 +54,13 @@ def add_integer(parser: Any, name: str, **kwargs: Any) -> None:
   parser.add_argument(name, type=parse, **kwargs)
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+  """Adds --config; its overrides are left to `read_config`."""
+  parser.add_argument('--config', metavar='FILE', required=True,
+                      help='a Python file with get_config(), e.g. configs/digits.py; '
+                           'configs/imagenet.py:resnet18 calls get_config("resnet18")')
+
+
 def add_workdir(parser: argparse.ArgumentParser, meaning: str) -> None:
   """Adds --workdir."""
   parser.add_argument('--workdir', metavar='DIR', required=True, help=meaning)
@@ -89,7 +96,7 @@ def join_processes(args: argparse.Namespace) -> None:
                            args.heartbeat_seconds)
 
 
-def run(command: Callable[[], object], flags: Mapping[str, str] | None = None) -> int:
+def run(command: Callable[[], int | None], flags: Mapping[str, str] | None = None) -> int:
   """Runs a command with the logs of its libraries silenced.
 
   Args:

@@ -24,6 +24,7 @@ SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # in pixels; any s
 LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax')
 SAMPLED_LOSSES = ('nce', 'sampled_softmax')
 _DTYPES = ('float32', 'bfloat16', 'float64')
+MOST_ROWS = 2**31 - 1  # row indices are int32
 
 
 class Limit(NamedTuple):
@@ -110,6 +111,9 @@ SETTINGS = (
             int),
     Setting('dataset.validation', None, 'images to evaluate on: a split, a folder, or a share such '
             'as 0.1', kind=str),
+    Setting('dataset.order', 'keyed', 'how an epoch is shuffled: keyed, place by place, or '
+            'permutation, an array of N numbers in every process, as in version 0.1',
+            _one_of('keyed', 'permutation')),
     Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files in a folder: stop, '
             'or skip them', _one_of('error', 'skip')),
     Setting('dataset.path', 'auto', 'where images are kept during training: resident on the '
@@ -127,6 +131,9 @@ SETTINGS = (
     Setting('model.init', None, 'weights to start from: a file or the workdir of a run', kind=str),
     Setting('model.dtype', 'float32', 'dtype of the computation; parameters stay float32',
             _one_of(*_DTYPES)),
+    Setting('model.reduce_dtype', None, 'dtype in which devices sum gradients; None: float32, '
+            'or float64 if model.dtype is. Batch statistics are never summed in less',
+            _one_of(*_DTYPES), str),
 
     Setting('loss.name', 'softmax', 'the loss', _one_of(*LOSSES)),
     Setting('loss.temperature', 0.1, 'temperature τ', _ABOVE_ZERO),
@@ -191,6 +198,12 @@ SETTINGS = (
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
 
+# What settings added since version 0.1 amount to in its runs: {key: (settings) -> value}.
+_EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    'dataset.order': lambda settings: 'permutation',
+    'model.reduce_dtype': lambda settings: settings['model.dtype'],
+}
+
 # Augment settings for photographs, in the published ImageNet order.
 PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
                    std=(0.229, 0.224, 0.225))
@@ -236,7 +249,7 @@ def validate(config: Config) -> None:
   for setting in SETTINGS:
     _check(setting, found[setting.key])
   options: Any = jax.config
-  for key in ('model.dtype', 'bank.dtype'):
+  for key in ('model.dtype', 'model.reduce_dtype', 'bank.dtype'):
     if found[key] == 'float64' and not options.jax_enable_x64:
       raise errors.UserError(
           f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment', setting=key,
@@ -305,6 +318,10 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
     raise errors.UserError(
         f'{config.dataset.name} has {num_rows} training image' + ('' if num_rows == 1 else 's'),
         'a set of at least 2 images', 'set <dataset.name> to a larger set', 'dataset.name')
+  if num_rows > MOST_ROWS:
+    raise errors.UserError(
+        f'{config.dataset.name} has {num_rows} training images', f'at most {MOST_ROWS}',
+        'set <dataset.limit>, or <dataset.name> to a smaller set', 'dataset.name')
   side, smallest = min(view_size), SMALLEST_SIDE.get(config.model.name, 1)
   if side < smallest:
     raise errors.UserError(
@@ -351,12 +368,43 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(settings: Mapping[str, Any]) -> Config:
-  """The configuration stored in config.json; missing settings take their defaults."""
-  config = default()
+  """The configuration stored in config.json; missing settings take their defaults.
+
+  In a run of an earlier version they keep the meaning that they had then.
+  """
+  config, settings = default(), {**_earlier(settings), **settings}
   config.update_from_flattened_dict({
       key: tuple(value) if isinstance(value, list) else value
       for key, value in settings.items() if key in _BY_KEY})
   return config
+
+
+def resume(config: Config, stored: Mapping[str, Any]) -> Config:
+  """A copy of `config` in which settings that a run lacks keep the meaning that they had.
+
+  Args:
+    config: a valid `ConfigDict`.
+    stored: the settings in the run's config.json, perhaps by an earlier version.
+
+  Raises:
+    errors.UserError: one of them is set to something else.
+  """
+  config = config.copy_and_resolve_references()
+  asked = flatten(config)
+  for key, value in _earlier(stored).items():
+    if asked[key] not in (value, _BY_KEY[key].default):
+      raise errors.UserError(
+          f'{key} is {asked[key]}', f'{value}, as when this run was started', setting=key,
+          remedy=f'set <{key}>={value}, or another <--workdir>')
+    config.update_from_flattened_dict({key: value})
+  return config
+
+
+def _earlier(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings that a run by an earlier version lacks; {} for an import, which fixes few."""
+  if 'seed' not in stored:
+    return {}
+  return {key: meaning(stored) for key, meaning in _EARLIER.items() if key not in stored}
 
 
 def plain(value: Any) -> Any:

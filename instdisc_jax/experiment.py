@@ -64,7 +64,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       distributed.first_only(lambda: folder.keep(dataset.listing, dataset.train.names or (),
                                                  workdir))
     checkpoints = closing(checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep,
-                                                 setup.num_rows, setup.mesh))
+                                                 setup.num_rows))
     checkpoints.move_damaged_aside()
     saved = checkpoints.latest_step()
     _check_end(workdir, saved, plan.end)
@@ -82,7 +82,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       state, pending_losses = checkpoints.restore(state), checkpoints.pending_losses()
       progress.print(f'resuming {workdir} at step {saved} of {plan.end}')
     elif config.model.init is not None:
-      state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed, setup.mesh)
+      state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
+                                   setup.mesh)
     lines = closing(metrics.Metrics(workdir, saved or 0))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
     monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,
@@ -104,11 +105,11 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed, workdir)
   num_rows, config = len(dataset.train), config_lib.fill(config, len(dataset.train))
+  stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}
+  config = config_lib.resume(config, stored)
   if config.dataset.path == 'auto':
-    before = None
-    if (workdir / workdir_lib.CONFIG).exists():
-      before = workdir_lib.read(workdir)[0].get('dataset.path')
-    config.dataset.path = feeds.choose_path(config, dataset.train, before, mesh)
+    config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
+        config, num_rows, dataset.train.shape, mesh_lib.memory(mesh))
   view_size = views.size(config, dataset.train.shape)
   if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
     config.augment.size = view_size[0]

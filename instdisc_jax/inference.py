@@ -15,8 +15,8 @@ from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import decode, folder
 from instdisc_jax.data import images as images_lib
-from instdisc_jax.evaluation import embedding, knn, summary
-from instdisc_jax.runtime import checkpoint, errors, files
+from instdisc_jax.evaluation import embedding, knn
+from instdisc_jax.runtime import checkpoint, digest, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
 from instdisc_jax.training import state as state_lib
@@ -226,7 +226,7 @@ class Model:
   def digest(self) -> str:
     """SHA-256 of the weights."""
     variables = self.variables['params'], self.variables['batch_stats']
-    return summary.digest(jax.tree.leaves(jax.device_get(variables)))
+    return digest.of_arrays(jax.tree.leaves(jax.device_get(variables)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,7 @@ def main(argv=None) -> int:
     parser = cli.make_parser(
         'main', __doc__, '--config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]',
         cli.describe_settings())
-    parser.add_argument('--config', metavar='FILE', required=True,
-                        help='a Python file with get_config(), e.g. configs/digits.py; '
-                             'configs/imagenet.py:resnet18 calls get_config("resnet18")')
+    cli.add_config(parser)
     cli.add_workdir(parser, 'where checkpoints, metrics and the summary are written: a folder, or '
                             'gs://BUCKET/FOLDER')
     cli.add_processes(parser)

@@ -64,6 +64,17 @@ need_bucket() {  # HOST: what the run loses if the workdir is not in a bucket
     fail "a preempted $1 loses its disk: set --workdir=gs://BUCKET/FOLDER after --"
 }
 
+check_fit() {  # TOPOLOGY: with --check, refuses a run whose compiled programs do not fit its devices
+  local word words=()
+  [[ -n $check ]] || return 0
+  need_arguments main
+  for word in "${arguments[@]}"; do
+    [[ $word != --config* ]] || words+=("$word")
+  done
+  show_or_run "${PYTHON:-python3}" -m instdisc_jax.compile "--topology=$1" "${words[@]}" ||
+    fail "the run cannot be checked, or does not fit ${1#*:} ${1%%:*}: see above; nothing was made"
+}
+
 need_tool() {  # TOOL REMEDY
   [[ -n $dry_run ]] || command -v "$1" >/dev/null || fail "no '$1' on the PATH: $2"
 }

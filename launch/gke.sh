@@ -24,6 +24,9 @@ Options of run
                           Cloud Storage FUSE
   --service-account=NAME  Kubernetes service account with read and write access to the buckets
                           (default: default)
+  --queue=QUEUE           Kueue queue that admits the JobSet (default: none)
+  --check                 compile the run for the hardware, here, and refuse it if it does not fit;
+                          needs instdisc_jax[tpu-compiler] or [gpu-compiler] here
   --restarts=N            restarts allowed after failures and preemptions (default: 100); a mistake in
                           ARGUMENTS (exit code 2) ends the run at once
 
@@ -77,8 +80,20 @@ set_shape() {  # sets chips and hosts from the hardware, where they are not give
 $((hosts * chips)): set --hosts or --chips"
 }
 
+check_hardware() {  # with --check, refuses a run that does not fit the hardware
+  [[ -n $check ]] || return 0
+  case ${gpu:-$tpu} in
+    tpu-v5-lite-podslice) check_fit "v5e:$topology" ;;
+    tpu-v6e-slice) check_fit "v6e:$topology" ;;
+    tpu-v5p-slice) check_fit "v5p:$topology" ;;
+    nvidia-h100-*) check_fit "h100:$((hosts * chips))" ;;
+    *) fail "--check knows tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice and nvidia-h100, not \
+${gpu:-$tpu}: leave out --check" ;;
+  esac
+}
+
 jobset() {  # prints jobset.yaml, filled in
-  local resource=google.com/tpu selector command text annotations='{}' volume mount
+  local resource=google.com/tpu selector command text annotations='{}' labels='{}' volume mount
   selector="{cloud.google.com/gke-tpu-accelerator: $tpu, cloud.google.com/gke-tpu-topology: $topology}"
   if [[ -n $gpu ]]; then
     resource=nvidia.com/gpu
@@ -91,11 +106,13 @@ jobset() {  # prints jobset.yaml, filled in
 volumeAttributes: {bucketName: $(json "$bucket"), mountOptions: implicit-dirs}}}"
     mount+=', {name: bucket, mountPath: /bucket, readOnly: true}'
   fi
+  [[ -z $queue ]] || labels="{kueue.x-k8s.io/queue-name: $(json "$queue")}"
   # Kubernetes expands $(...) but not $$(...). The first host has index 0 and a stable name.
   command=$(json_list python -m instdisc_jax.main "--coordinator=$name-host-0-0.$name:8476" \
     "--num_processes=$hosts" "--process_id=\$(JOB_COMPLETION_INDEX)" "${arguments[@]//\$(/\$\$(}")
   text=$(<"$here/jobset.yaml")
   text=${text//@NAME@/"$(json "$name")"}
+  text=${text//@LABELS@/"$labels"}
   text=${text//@RESTARTS@/"$restarts"}
   text=${text//@HOSTS@/"$hosts"}
   text=${text//@SELECTOR@/"$selector"}
@@ -119,6 +136,9 @@ run() {
   number --restarts "$restarts" 0
   need_arguments main
   need_bucket pod
+  [[ -z $queue || $queue =~ ^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$ ]] ||
+    fail "--queue is '$queue', must be lower-case letters, digits, '-' and '.': set --queue=QUEUE"
+  check_hardware
   if [[ -z $dry_run ]] && "${kubectl[@]}" get jobset "$name" >/dev/null 2>&1; then
     echo "$name already exists: see launch/gke.sh status --name=$name"
     return
@@ -130,9 +150,9 @@ run() {
 
 commands=(run tail status delete)
 options=(--name= --image= --tpu= --topology= --gpu= --chips= --hosts= --bucket= --service-account=
-  --restarts= --namespace= --yes --dry-run)
+  --queue= --restarts= --namespace= --check --yes --dry-run)
 name='' image='' tpu='' topology='' gpu='' chips='' hosts='' bucket='' service_account=default
-restarts=100 namespace='' yes='' dry_run=''
+queue='' restarts=100 namespace='' check='' yes='' dry_run=''
 parse_command "$@"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail "name is '$name', must be lower-case letters, digits and '-', at most 40: set --name=NAME"

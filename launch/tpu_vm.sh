@@ -30,6 +30,8 @@ Options
                        read-only at ~/data on each host
   --spot               request a spot TPU: cheaper, but may be preempted
   --direct             create the TPU without a queued resource
+  --check              before create, run or all: compile the run for --type, here, and refuse it if
+                       it does not fit; needs instdisc_jax[tpu-compiler] here and ARGUMENTS
   --yes                do not ask before creating or deleting anything that costs money
   --dry-run            show every command, run nothing
 
@@ -86,6 +88,36 @@ create_now() {
   show_or_run "${words[@]}"
 }
 
+topology() {  # prints the topology of --type, as instdisc_jax.compile names it
+  local chips=${type##*-}
+  number --type "$chips" 1
+  case $type in
+    v5litepod-*) shape v5e "$chips" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 ;;
+    v6e-*) shape v6e "$chips" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 ;;
+    v5p-*) shape v5p "$((chips / 2))" 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 ;;
+    *) fail "--check knows v5litepod, v6e and v5p, not --type=$type: leave out --check" ;;
+  esac
+}
+
+shape() {  # KIND CHIPS SHAPES...: prints the shape with so many chips
+  local candidate
+  for candidate in "${@:3}"; do
+    if ((${candidate//x/*} == $2)); then
+      echo "$1:$candidate"
+      return
+    fi
+  done
+  fail "--check knows no slice like --type=$type: leave out --check"
+}
+
+check_type() {  # with --check, refuses a run that does not fit --type
+  local found
+  [[ -n $check ]] || return 0
+  [[ -n $type ]] || fail "no TPU type: set --type=TYPE, e.g. --type=v5litepod-8"
+  found=$(topology) || exit 2
+  check_fit "$found"
+}
+
 check_create() {
   [[ -n $type ]] || fail "no TPU type: set --type=TYPE, e.g. --type=v5litepod-8"
   [[ -z $data || -z $data_disk ]] ||
@@ -107,6 +139,7 @@ check_create() {
 
 create() {
   check_create
+  check_type
   if [[ -n $dry_run ]]; then
     create_now
     return
@@ -161,6 +194,7 @@ setup() {
 
 run() {
   need_arguments main
+  check_type
   on_hosts all "$(quoted bash on_host.sh start "${arguments[@]}")"
 }
 
@@ -207,6 +241,8 @@ all() {
   need_bucket TPU
   check_create
   check_setup
+  check_type
+  check=''  # once is enough
   if [[ -n $dry_run ]]; then
     create && setup && run
     echo "# then, until the run ends: check the state every $poll s, and start over after a preemption"
@@ -233,9 +269,9 @@ all() {
 
 commands=(create setup run tail stop delete all)
 options=(--name= --zone= --type= --runtime= --project= --source= --configs= --data= --data-disk=
-  --spot --direct --yes --dry-run)
+  --spot --direct --check --yes --dry-run)
 name='' zone='' type='' runtime='' project='' source='' configs=configs data='' data_disk=''
-spot='' direct='' yes='' dry_run='' poll=${POLL_SECONDS:-30}
+spot='' direct='' check='' yes='' dry_run='' poll=${POLL_SECONDS:-30}
 parse_command "$@"
 [[ -n $name ]] || fail "no name: set --name=NAME"
 [[ -n $zone ]] || fail "no zone: set --zone=ZONE, e.g. --zone=us-west4-a"

@@ -119,7 +119,8 @@ def test_unknown_and_missing_settings_are_named():
     ({'knn.neighbors': 500}, 300, 1, 'knn.neighbors is 500, must be at most the 300'),
     ({'model.name': 'alexnet'}, 1000, 1, 'model.name is alexnet, which needs images of 63 pixels, '
      'must be an encoder for images of 32 pixels'),
-    ({}, 1, 1, 'digits has 1 training image, must be a set of at least 2 images')])
+    ({}, 1, 1, 'digits has 1 training image, must be a set of at least 2 images'),
+    ({}, 2**31, 1, 'digits has 2147483648 training images, must be at most 2147483647')])
 def test_settings_are_checked_against_the_data_and_the_machine(
     changes, num_rows, num_devices, message):
   config = config_lib.default()
@@ -160,3 +161,22 @@ def test_presets_of_imagenet():
     config_lib.validate(get_config(presets))
   with pytest.raises(errors.UserError, match="preset 'resnet19', must be one of resnet50"):
     get_config('resnet19')
+
+
+def test_settings_that_an_earlier_version_lacked_keep_what_they_amounted_to():
+  config = config_lib.default()
+  new = config_lib.to_json(config)
+  assert config_lib.to_json(config_lib.resume(config, {})) == new  # a new run
+  assert config_lib.to_json(config_lib.resume(config, new)) == new
+  imported = {'model.name': 'resnet50'}
+  assert config_lib.to_json(config_lib.resume(config, imported)) == new
+  old = {key: value for key, value in new.items()
+         if key not in ('dataset.order', 'model.reduce_dtype')} | {'model.dtype': 'bfloat16'}
+  resumed = config_lib.resume(config, old)
+  assert (resumed.dataset.order, resumed.model.reduce_dtype) == ('permutation', 'bfloat16')
+  assert (config_lib.from_json(old).dataset.order, config_lib.from_json(new).dataset.order) == (
+      'permutation', 'keyed')
+  config.model.reduce_dtype = 'float32'
+  with pytest.raises(errors.UserError, match='model.reduce_dtype is float32, must be bfloat16, as '
+                                             'when this run was started: set --config.model.red'):
+    config_lib.resume(config, old)

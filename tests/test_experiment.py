@@ -6,8 +6,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from instdisc_jax import experiment
-from instdisc_jax.runtime import errors, metrics, preemption
+from instdisc_jax import experiment, programs
+from instdisc_jax.runtime import checkpoint, digest, errors, hardware, metrics, preemption
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.training import state as state_lib
 from instdisc_jax.training import step as step_lib
 from tests.conftest import small_config
 
@@ -163,3 +166,96 @@ def test_a_collapse_is_warned_about_and_a_loss_that_is_not_finite_stops_the_run(
              '0.9950, well below 1 for a working encoder')
   warned = capsys.readouterr().err
   assert warning in warned and warned.count('nearly identical') == 1
+
+
+def _as_version_0_1_left_it(workdir):
+  """Removes what later versions added to a run's folder."""
+  settings, fingerprint = workdir_lib.read(workdir)
+  for key in ('dataset.order', 'model.reduce_dtype'):
+    settings.pop(key)
+  workdir_lib.write(workdir, settings, fingerprint)
+  for file in workdir.glob('checkpoints/*/manifest.json'):
+    manifest = json.loads(file.read_text())
+    manifest.pop('num_rows')
+    file.write_text(json.dumps(manifest))
+
+
+def test_a_run_of_version_0_1_keeps_its_order_of_images(tmp_path):
+  config, device = small_config(), jax.devices()[:1]
+  config.dataset.order, config.steps, config.knn.every_epochs = 'permutation', 6, 0
+  whole = experiment.run(config, tmp_path / 'whole', device)
+  config.steps = 3
+  experiment.run(config, tmp_path / 'resumed', device)
+  _as_version_0_1_left_it(tmp_path / 'resumed')
+  config = small_config()  # whose order is that of new runs
+  config.steps, config.knn.every_epochs = 6, 0
+  resumed = experiment.run(config, tmp_path / 'resumed', device)
+  assert workdir_lib.read(tmp_path / 'resumed')[0]['dataset.order'] == 'permutation'
+  assert resumed['bank_digest'] == whole['bank_digest']
+
+
+@pytest.fixture(scope='module')
+def large(tmp_path_factory):
+  """(a folder with 3 of 6 steps on 8 devices, the same with all 6, config), N = 10,007."""
+  folder = tmp_path_factory.mktemp('large')
+  images = np.random.default_rng(0).integers(0, 256, (10_007, 8, 8, 3), dtype=np.uint8)
+  np.savez(folder / 'a.npz', images=images)
+  config = small_config()
+  config.dataset.update(name=f'arrays:{folder / "a.npz"}', limit=None)
+  config.model.sync_batch_norm = True
+  config.optimizer.learning_rate = 1e-4
+  config.batch_size, config.log_every_steps = 48, 1
+  for steps in (3, 6):
+    config.steps = steps
+    experiment.run(config, folder / str(steps))
+  return folder / '3', folder / '6', config
+
+
+@pytest.mark.slow
+def test_n_that_divides_nothing_is_resumed_bit_for_bit_and_on_other_devices(large, tmp_path):
+  half, whole, config = large
+  stored = checkpoint.read(half / 'checkpoints')
+  assert stored['bank'].shape == (10_007, 16)
+  for count in (8, 3):
+    shutil.copytree(half, tmp_path / str(count))
+    mesh = mesh_lib.make(jax.devices()[:count])
+    setup = state_lib.Setup.of(config, 10_007, mesh)
+    checkpoints = checkpoint.Checkpoints(tmp_path / str(count) / 'checkpoints', 3, 10_007)
+    restored = checkpoints.restore(state_lib.make_init(setup, (8, 8))())
+    checkpoints.close()
+    assert len(restored.bank) == 10_008
+    np.testing.assert_array_equal(restored.bank[:10_007], stored['bank'])
+    for name in ('params', 'batch_stats', 'opt_state'):
+      old, new = (jax.tree.leaves(part) for part in (stored[name], getattr(restored, name)))
+      assert len(old) == len(new)
+      for a, b in zip(old, new):
+        np.testing.assert_array_equal(a, b)
+  expected = json.loads((whole / 'summary.json').read_text())
+  same = experiment.run(config, tmp_path / '8')
+  for key in ('params_digest', 'bank_digest', 'final_loss'):
+    assert same[key] == expected[key]
+  other = experiment.run(config, tmp_path / '3', jax.devices()[:3])
+  assert other['final_loss'] == pytest.approx(expected['final_loss'], rel=1e-5)
+  banks = [checkpoint.read(folder / 'checkpoints')['bank'] for folder in (tmp_path / '3', whole)]
+  np.testing.assert_allclose(*banks, atol=1e-4)
+
+
+def test_saving_and_checking_move_nothing_that_grows_with_n(monkeypatch):
+  monkeypatch.setattr(digest, '_MOST_BYTES', 2**12)
+  carried = {}
+  for num_rows in (10_007, 100_003):
+    run = programs.Run(_fake(num_rows), jax.devices(), hardware.CHIPS['cpu'])
+    for name in ('init', 'checkpoint', 'check', 'digest', 'rows', 'restore'):
+      report = run.compile(name)
+      carried.setdefault(name, []).append(
+          sum(found.bytes for found in report.costs.collectives) if report.costs else 0)
+  assert carried.pop('digest') == [2**12, 2**12]  # a piece
+  assert carried.pop('check') == [4, 4]
+  assert set(map(tuple, carried.values())) == {(0, 0)}, carried
+
+
+def _fake(num_rows):
+  config = small_config()
+  config.dataset.update(name=f'fake:{num_rows}', limit=None)
+  config.augment.size = 8
+  return config

@@ -81,7 +81,7 @@ def test_a_grown_folder_continues_from_the_rows_of_a_run(one_renamed, tmp_path):
                        checkpoint.read(run / 'checkpoints')['bank']))
               for run in (workdir, tmp_path / 'grown'))
   assert new.keys() - old.keys() == {'redless/zz.png'}
-  moved = {list(new)[i] for i in order.batch_index(config.seed, 0, config.batch_size, 32)}
+  moved = {list(new)[i] for i in order.Chain.of(config, 32).batch(0)}
   kept = old.keys() & new.keys() - moved
   assert len(kept) >= 20
   for name in kept:

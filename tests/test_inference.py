@@ -27,7 +27,7 @@ def _evaluated(config, dataset, workdir):
   mesh = mesh_lib.make(jax.devices()[:1])
   setup = state_lib.Setup.of(config, len(dataset.train), mesh)
   like = state_lib.make_init(setup, views.size(config, dataset.train.shape))()
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, setup.num_rows, mesh)
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 3, setup.num_rows)
   state = checkpoints.restore(like)
   checkpoints.close()
   return evaluator_lib.Evaluator(setup, dataset, preemption.Watch()).embed(state, dataset.test)

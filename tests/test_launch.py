@@ -280,6 +280,70 @@ def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips
   assert yaml.safe_load(rest) == jobset
 
 
+@pytest.mark.parametrize('script, options, topology', [
+    ('tpu_vm.sh', ['all', '--type=v5litepod-8'], 'v5e:2x4'),
+    ('tpu_vm.sh', ['create', '--type=v6e-256'], 'v6e:16x16'),
+    ('tpu_vm.sh', ['run', '--type=v5p-16'], 'v5p:2x2x2'),
+    ('gke.sh', ['run', '--tpu=tpu-v5-lite-podslice', '--topology=4x4'], 'v5e:4x4'),
+    ('gke.sh', ['run', '--tpu=tpu-v6e-slice', '--topology=8x8'], 'v6e:8x8'),
+    ('gke.sh', ['run', '--gpu=nvidia-h100-80gb', '--hosts=2'], 'h100:16')])
+@pytest.mark.parametrize('ended', [0, 1])
+def test_a_run_is_compiled_before_anything_is_made(cloud, tmp_path, script, options, topology,
+                                                   ended):
+  (tmp_path / 'bin' / 'python').write_text(STAND_IN.format(python=sys.executable))
+  (tmp_path / 'bin' / 'python').chmod(0o755)
+  common = TPU if script == 'tpu_vm.sh' else ['--name=r18', '--image=a/b:1']
+  code, _, error, calls = cloud(
+      script, *options, *common, '--check', '--yes', *RUN, '--config.seed=3',
+      bids=[['instdisc_jax.compile', [''], ended], ['describe', ['ACTIVE\n'], 0],
+            ['get jobset', [''], 1], ['on_host.sh code', ['0\n'], 0]])
+  assert [call for call in calls if call[0] == 'python'] == [
+      ['python', '-m', 'instdisc_jax.compile', f'--topology={topology}',
+       '--config=configs/imagenet.py:resnet18', '--config.seed=3']]
+  if ended:
+    assert code == 2 and 'does not fit' in error and 'nothing was made' in error
+    assert all(call[0] == 'python' or 'get' in call for call in calls)
+  else:
+    assert code == 0 and len(calls) > 1
+
+
+@pytest.mark.parametrize('script, options, message', [
+    ('tpu_vm.sh', ['create', *TPU, '--type=v4-32'], '--check knows v5litepod, v6e and v5p, not '
+     '--type=v4-32: leave out --check'),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v6e-7'], '--check knows no slice like --type=v6e-7'),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v6e-x'], "--type is 'x', must be an integer"),
+    ('tpu_vm.sh', ['run', *TPU], 'no TPU type: set --type=TYPE'),
+    ('gke.sh', ['run', '--name=r18', '--image=a', '--gpu=nvidia-l4'], '--check knows '
+     'tpu-v5-lite-podslice'),
+    ('gke.sh', ['run', '--name=r18', '--image=a', '--gpu=nvidia-h100-80gb', '--queue=A b'],
+     "--queue is 'A b', must be lower-case letters")])
+def test_what_cannot_be_checked_is_said(cloud, script, options, message):
+  code, _, error, calls = cloud(script, *options, '--check', '--yes', *RUN,
+                                bids=[['get jobset', [''], 1]])
+  assert code == 2 and error.startswith(f'error: {message}') and error.count('\n') == 1
+  assert not [call for call in calls if 'get' not in call]
+
+
+def test_a_jobset_may_wait_in_a_queue(cloud):
+  yaml = pytest.importorskip('yaml')
+  arguments = [*GKE, '--gpu=nvidia-h100-80gb', '--yes', '--dry-run']
+  labels = []
+  for queue in ([], ['--queue=team-a']):
+    code, shown, _, _ = cloud('gke.sh', *arguments, *queue, *RUN)
+    assert code == 0
+    labels.append(yaml.safe_load(shown.partition('\n')[2])['metadata']['labels'])
+  assert labels == [{}, {'kueue.x-k8s.io/queue-name': 'team-a'}]
+
+
+@pytest.mark.slow
+def test_skypilot_reads_its_task():
+  sky = pytest.importorskip('sky', reason='skypilot is not installed')
+  task = sky.Task.from_yaml(str(LAUNCH / 'sky.yaml'))
+  assert {str(r.accelerators) for r in task.resources} == {"{'H100': 8}", "{'A100-80GB': 8}"}
+  assert all(r.use_spot for r in task.resources)
+  assert 'instdisc_jax.main' in task.run and task.envs['WORKDIR'].startswith('gs://')
+
+
 SRUN = ['srun', '--kill-on-bad-exit=0', '--gpu-bind=none', 'python', '-m', 'instdisc_jax.main',
         '--distributed', '--config=c.py', '--workdir=/a b']
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from instdisc_jax import compile as compile_lib
 from instdisc_jax import config as config_lib
 from instdisc_jax import convert, embed, evaluate, main, preview, reproduce, retrieve
 from instdisc_jax.data import folder as folder_lib
@@ -279,6 +280,13 @@ CASES = [
          ['--workdir=run', '--output=page', '--queries=0']),
     Case('unknown table', 'reproduce', ['--table=imagenet', '--scale=smoke']),
     Case('table with 0 seeds', 'reproduce', ['--table=proximal', '--scale=smoke', '--seeds=0']),
+    Case('unknown topology', 'compile', ['--config=digits.py', '--topology=v9:2x2']),
+    Case('unknown program', 'compile',
+         ['--config=digits.py', '--topology=cpu:8', '--program=stop']),
+    Case('more rows than an index can number', 'compile',
+         ['--config=digits.py', '--topology=cpu:8', '--config.dataset.name=fake:3000000000']),
+    Case('compiled into another format', 'compile',
+         ['--config=digits.py', '--topology=cpu:8', '--output=c.txt']),
     Case('number of processes in words', 'launch/local.sh',
          ['--processes=two', '--', '--workdir=run']),
     Case('unknown command to launch', 'launch/local.sh',
@@ -316,7 +324,8 @@ def answer(case):
       code, text = done.returncode, done.stderr
     else:
       module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
-                'evaluate': evaluate, 'retrieve': retrieve, 'reproduce': reproduce}[case.command]
+                'evaluate': evaluate, 'retrieve': retrieve, 'reproduce': reproduce,
+                'compile': compile_lib}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)
       text = errors.getvalue()

@@ -91,6 +91,32 @@ def load(config: config_lib.Config, seed: int,
   return dataset if config.limit is None else _subset(dataset, config.limit, seed)
 
 
+def describe(config: config_lib.Config, seed: int) -> tuple[int, tuple[int, ...] | None]:
+  """The number of training images, and their shape if all have the same, else None.
+
+  Published TFDS sets and fake images need not be here.
+
+  Args:
+    config: the `dataset` part of the configuration.
+    seed: the run's seed.
+
+  Raises:
+    errors.UserError: the data are missing or invalid.
+  """
+  kind, _, rest = config.name.partition(':')
+  share = _share(config.validation)
+  if kind == 'fake' and rest.isdigit() and int(rest):
+    count, shape = int(rest), (fake.SIDE, fake.SIDE, 3)
+  elif kind == 'tfds' and rest in tfds.PUBLISHED:
+    count, shape = tfds.PUBLISHED[rest]
+  else:
+    train = load(config, seed).train
+    return len(train), train.shape
+  if share:
+    count -= max(1, round(share * count))
+  return min(count, config.limit or count), shape
+
+
 def _share(text):
   """'0.1' -> 0.1; None if the text is not a share."""
   try:

@@ -14,6 +14,7 @@ already cropped the images, 'view'.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import math
 import os
 import signal
 from typing import Any, TypeAlias
@@ -36,21 +37,45 @@ Feed: TypeAlias = 'Resident | Stream | Fake'
 Batch: TypeAlias = dict[str, jax.Array]
 
 
-def choose_path(config: config_lib.Config, images: images_lib.Images, before: str | None,
-                mesh: jax.sharding.Mesh) -> str:
+def choose_path(config: config_lib.Config, num_rows: int, image_shape: tuple[int, ...] | None,
+                memory: float) -> str:
   """'resident' or 'stream' for `dataset.path=auto`.
 
   Args:
     config: the run's configuration.
-    images: the images to train on.
-    before: the path that the run was started with, or None.
+    num_rows: N.
+    image_shape: (H, W, 3) of all images, or None if they differ.
+    memory: bytes of a device's memory.
+  """
+  if image_shape is None or config.dataset.name.startswith('fake:'):
+    return 'stream'
+  share = num_rows * math.prod(image_shape) / memory
+  return 'resident' if share <= config.dataset.resident_share else 'stream'
+
+
+def like(config: config_lib.Config, num_rows: int, image_shape: tuple[int, ...] | None,
+         mesh: jax.sharding.Mesh) -> tuple[type, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+  """The feed of a run without its images: (its class, what its `at` returns, without values).
+
+  Args:
+    config: the run's configuration; `dataset.path` is 'resident' or 'stream'.
+    num_rows: N.
+    image_shape: (H, W, 3) of all images, or None if they differ.
     mesh: the device mesh.
   """
-  if before is not None:
-    return before
-  fake = config.dataset.name.startswith('fake:')
-  fits = _fits(images, config.dataset.resident_share, mesh)
-  return 'resident' if fits and not fake else 'stream'
+  if config.dataset.path == 'resident' and image_shape is not None:
+    feed, images, batches = Resident, (num_rows, *image_shape), _per_dispatch(config, mesh)
+  else:
+    side = views.Crop.of(config, image_shape).side
+    feed, images, batches = Stream, (config.batch_size, side, side, 3), 1
+  place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=NamedSharding(mesh, spec))
+  return feed, (place(images, np.uint8, feed.specs[0]),
+                place((batches, config.batch_size), np.int32, feed.specs[1]))
+
+
+def _per_dispatch(config, mesh):
+  return config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
 
 
 def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.sharding.Mesh,
@@ -63,14 +88,13 @@ def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.shardin
     mesh: the device mesh.
     last_step: last step of the run; nothing is read beyond it.
   """
+  chain = order.Chain.of(config, len(images))
   if config.dataset.path == 'resident':
-    per_dispatch = config.steps_per_dispatch or (1 if mesh_lib.on_cpu(mesh) else 100)
-    return Resident(images, mesh, config.seed, config.batch_size, per_dispatch)
+    return Resident(images, mesh, chain, _per_dispatch(config, mesh))
   crop = views.Crop.of(config, images.shape)
   if config.dataset.name.startswith('fake:'):
-    return Fake(len(images), mesh, config.seed, config.batch_size, crop.side)
-  return Stream(images, mesh, crop, config.batch_size, last_step,
-                num_workers(config.dataset.workers))
+    return Fake(mesh, chain, crop.side)
+  return Stream(images, mesh, crop, chain, last_step, num_workers(config.dataset.workers))
 
 
 class Resident:
@@ -79,8 +103,7 @@ class Resident:
   Args:
     images: `Images` in memory.
     mesh: the device mesh.
-    seed: the run's seed.
-    batch_size: B.
+    chain: the order of the images.
     per_dispatch: S, batches per dispatch.
 
   Attributes:
@@ -89,18 +112,15 @@ class Resident:
   """
   specs = P(), P(None, mesh_lib.AXIS)
 
-  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, seed: int,
-               batch_size: int, per_dispatch: int):
-    self.per_dispatch = per_dispatch
+  def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, chain: order.Chain,
+               per_dispatch: int):
+    self.per_dispatch, self._chain = per_dispatch, chain
     self._images = mesh_lib.replicate(images.in_memory().files, mesh)
-    self._chain = seed, batch_size, len(images)
     self._sharding = NamedSharding(mesh, P(None, mesh_lib.AXIS))
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
     """(all images, indices [S, B] of the batches from `step` on)."""
-    seed, batch_size, num_rows = self._chain
-    index = np.stack([order.batch_index(seed, step + i, batch_size, num_rows)
-                      for i in range(self.per_dispatch)])
+    index = np.stack([self._chain.batch(step + i) for i in range(self.per_dispatch)])
     return self._images, jax.make_array_from_callback(index.shape, self._sharding,
                                                       lambda part: index[part])
 
@@ -121,7 +141,7 @@ class Stream:
     images: `Images`.
     mesh: the device mesh.
     crop: the crops.
-    batch_size: B.
+    chain: the order of the images.
     last_step: last step of the run; nothing is read beyond it.
     workers: worker processes; 0 for threads of this process.
 
@@ -133,11 +153,11 @@ class Stream:
   specs = P(mesh_lib.AXIS), P(None, mesh_lib.AXIS)
 
   def __init__(self, images: images_lib.Images, mesh: jax.sharding.Mesh, crop: views.Crop,
-               batch_size: int, last_step: int, workers: int):
-    self._slots = mesh_lib.local_slots(mesh, batch_size)
-    self._load = functools.partial(load_batch, images=images, crop=crop, batch_size=batch_size,
+               chain: order.Chain, last_step: int, workers: int):
+    self._slots = mesh_lib.local_slots(mesh, chain.batch_size)
+    self._load = functools.partial(load_batch, images=images, crop=crop, chain=chain,
                                    slots=self._slots)
-    self._mesh, self._batch_size = mesh, batch_size
+    self._mesh, self._batch_size = mesh, chain.batch_size
     self._workers, self._last_step = workers, last_step
     self._batches: Iterator | None = None
     self._step = -1
@@ -167,7 +187,7 @@ class Stream:
     self._batches, self._step = None, -1
 
 
-def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_size: int,
+def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, chain: order.Chain,
                slots: Int[np.ndarray, ' b']
                ) -> tuple[UInt8[np.ndarray, 'b side side 3'], Int[np.ndarray, ' b']]:
   """This process's part of the batch at a step.
@@ -176,7 +196,7 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
     step: t.
     images: `Images`.
     crop: the crops.
-    batch_size: B.
+    chain: the order of the images.
     slots: [b] places in the batch that belong to this process.
 
   Returns:
@@ -185,8 +205,8 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, batch_
   Raises:
     errors.UserError: an image cannot be read.
   """
-  index = order.batch_index(crop.seed, step, batch_size, len(images))[slots]
-  place = (step * batch_size + slots) % 2**32
+  index = chain.batch(step)[slots]
+  place = (step * chain.batch_size + slots) % 2**32
   return crop(images, place, index), index
 
 
@@ -194,10 +214,8 @@ class Fake:
   """Feeds the loop with one batch of noise generated on the devices, and the indices of the chain.
 
   Args:
-    num_rows: N.
     mesh: the device mesh.
-    seed: the run's seed.
-    batch_size: B.
+    chain: the order of the images.
     side: side of the views.
 
   Attributes:
@@ -208,18 +226,16 @@ class Fake:
   specs = Stream.specs
   take = staticmethod(Stream.take)
 
-  def __init__(self, num_rows: int, mesh: jax.sharding.Mesh, seed: int, batch_size: int,
-               side: int):
-    self._mesh, self._chain = mesh, (seed, batch_size, num_rows)
-    draw = lambda: jax.random.bits(jax.random.key(seed), (batch_size, side, side, 3), 'uint8')
+  def __init__(self, mesh: jax.sharding.Mesh, chain: order.Chain, side: int):
+    self._mesh, self._chain = mesh, chain
+    draw = lambda: jax.random.bits(jax.random.key(chain.seed), (chain.batch_size, side, side, 3),
+                                   'uint8')
     self._images = jax.jit(draw, out_shardings=NamedSharding(mesh, P(mesh_lib.AXIS)))()
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
     """(images [B, side, side, 3] uint8, index [1, B])."""
-    seed, batch_size, num_rows = self._chain
-    index = order.batch_index(seed, step, batch_size, num_rows)
-    return self._images, mesh_lib.place_local(index, self._mesh, np.arange(batch_size), batch_size,
-                                              lead=1)
+    index, total = self._chain.batch(step), self._chain.batch_size
+    return self._images, mesh_lib.place_local(index, self._mesh, np.arange(total), total, lead=1)
 
   def close(self) -> None:
     """Nothing to close."""
@@ -287,17 +303,3 @@ def _prepare_worker(worker, num_workers):
 
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
   cv2.setNumThreads(1)
-
-
-def _fits(images, share, mesh):
-  """Whether all images, decoded, take at most this share of a device's memory.
-
-  Images of several sizes never fit.
-  """
-  if images.shape is None:
-    return False
-  device = mesh.local_devices[0]
-  memory = (device.memory_stats() or {}).get('bytes_limit')
-  if memory is None:  # a CPU: its devices share the machine's memory, each with a copy
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(mesh.local_devices)
-  return len(images) * int(np.prod(images.shape)) <= share * memory

@@ -19,6 +19,14 @@ from PIL import Image
 from instdisc_jax.data import images
 from instdisc_jax.runtime import distributed, errors, metrics
 
+# {name: (training images, their shape if all have the same)}, as TFDS documents them.
+PUBLISHED: dict[str, tuple[int, tuple[int, ...] | None]] = {
+    'cifar10': (50_000, (32, 32, 3)), 'cifar100': (50_000, (32, 32, 3)),
+    'mnist': (60_000, (28, 28, 3)), 'fashion_mnist': (60_000, (28, 28, 3)),
+    'svhn_cropped': (73_257, (32, 32, 3)), 'stl10': (5_000, (96, 96, 3)),
+    'imagenet2012': (1_281_167, None), 'places365_small': (1_803_460, None),
+    'food101': (75_750, None),
+}
 KEPT_BYTES = 2**30  # splits up to this size are kept in memory, encoded
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 import numpy as np
 
 from instdisc_jax import config as config_lib
@@ -69,7 +71,7 @@ class Engine:
         does not crop images to one size.
     """
     program, previous = self._programs(tuple(names)), None
-    for count, chunk in self._chunks(images, first):
+    for count, chunk in self._in_order(images, first):
       running = count, program(variables, chunk)
       if previous is not None:  # fetched while the next one computes
         yield _fetch(*previous)
@@ -84,32 +86,98 @@ class Engine:
       return np.zeros((0, self._config.model.embedding_dim), np.float32)
     return np.concatenate([part[EMBEDDING] for part in self.run(variables, images)])
 
+  def rows(self, variables: dict[str, Any], images: Images) -> jax.Array:
+    """The embeddings of all images as the rows of a bank: sharded, padded with zeros.
+
+    Each device encodes the images whose rows it holds, so no embedding leaves its device.
+    """
+    side, shape = self._view(images)
+    n = mesh_lib.padded(len(images), self._mesh.size) // self._mesh.size
+    chunk_size = per_device(shape, n)
+    size = min(chunk_size, n)
+    index = functools.partial(by_row, per_device=chunk_size, size=size, n=n)
+    program = self._programs((EMBEDDING,))
+    total, dim = n * self._mesh.size, self._config.model.embedding_dim
+    dtype, write = jnp.promote_types(self._config.model.dtype, jnp.float32), write_rows(self._mesh)
+    rows = jax.jit(lambda: jnp.zeros((total, dim), dtype),
+                   out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))()
+    for number, chunk in enumerate(self._read(images, index, math.ceil(n / size), chunk_size, side,
+                                              shape)):
+      rows = write(rows, program(variables, chunk)[EMBEDDING], min(number * size, n - size),
+                   len(images))
+      self._check()
+    return rows
+
   def views(self, images: Images, side: int) -> UInt8[np.ndarray, 'N side side 3']:
     """The central views of all images, at the given size, on every process."""
     return np.concatenate([distributed.gather(chunk)[:count]
-                           for count, chunk in self._chunks(images, 0, side)])
+                           for count, chunk in self._in_order(images, 0, side)])
 
-  def _chunks(self, images, first, side=None):
+  def _in_order(self, images, first, side=None):
     """Yields (number of images, their views on the devices, padded with the last image)."""
-    in_memory = isinstance(images.files, np.ndarray)
-    if side is None and not in_memory:  # arrays are cropped on the device, files on the host
-      side = self._config.augment.size
-    height, width = (side, side) if side is not None else _first_shape(images)
-    most = min(_CHUNK, max(1, _CHUNK_PIXELS // (height * width)))
-    wanted = math.ceil((len(images) - first) / self._mesh.size)
-    total = min(most, 1 << (wanted - 1).bit_length()) * self._mesh.size  # few sizes to compile
-    slots = mesh_lib.local_slots(self._mesh, total)
-    load = functools.partial(load_views, images=images, first=first, total=total, slots=slots,
-                             side=side, shape=(height, width, 3))
+    side, shape = self._view(images, side)
+    chunk_size = per_device(shape, math.ceil((len(images) - first) / self._mesh.size))
+    total = chunk_size * self._mesh.size
+    index = functools.partial(in_order, first=first, total=total)
     count = math.ceil((len(images) - first) / total)
-    if in_memory and side is None:
+    for number, chunk in enumerate(self._read(images, index, count, chunk_size, side, shape)):
+      yield min(total, len(images) - first - number * total), chunk
+
+  def _view(self, images, side=None):
+    """(side of the views that the host crops, or None; their shape)."""
+    if side is None and not isinstance(images.files, np.ndarray):
+      side = self._config.augment.size  # arrays are cropped on the device, files on the host
+    height, width = (side, side) if side is not None else _first_shape(images)
+    return side, (height, width, 3)
+
+  def _read(self, images, index, count, chunk_size, side, shape):
+    """Yields the views of `count` chunks of `chunk_size` images a device, on the devices."""
+    total = chunk_size * self._mesh.size
+    slots = mesh_lib.local_slots(self._mesh, total)
+    load = functools.partial(load_views, images=images, index=functools.partial(index, slots=slots),
+                             side=side, shape=shape)
+    if isinstance(images.files, np.ndarray) and side is None:
       chunks = map(load, range(count))
     else:
       workers = feeds.num_workers(self._config.dataset.workers) if count > _FEW_CHUNKS else 0
       chunks = feeds.in_background(load, 0, count, workers)
-    for number, chunk in enumerate(chunks):
-      yield (min(total, len(images) - first - number * total),
-             mesh_lib.place_local(chunk, self._mesh, slots, total))
+    for chunk in chunks:
+      yield mesh_lib.place_local(chunk, self._mesh, slots, total)
+
+
+def in_order(chunk: int, *, slots: Int[np.ndarray, ' b'], first: int,
+             total: int) -> Int[np.ndarray, ' b']:
+  """The images at the places `slots` of a chunk of `total`, from image `first` on."""
+  return first + chunk * total + slots
+
+
+def by_row(chunk: int, *, slots: Int[np.ndarray, ' b'], per_device: int, size: int,
+           n: int) -> Int[np.ndarray, ' b']:
+  """The images at the places `slots` of a chunk in which each device has images of its own rows.
+
+  Args:
+    chunk: the number of the chunk.
+    slots: [b] places in the chunk, `per_device` for each device.
+    per_device: images per device and chunk, at least `size`, which count.
+    size: rows per device and chunk.
+    n: rows per device, at least `size`. The last chunk overlaps the one before it.
+  """
+  device, place = np.divmod(slots, per_device)
+  return device * n + np.minimum(chunk * size, n - size) + np.minimum(place, size - 1)
+
+
+@functools.cache
+def write_rows(mesh: jax.sharding.Mesh) -> Any:
+  """A jitted (rows, embeddings of a chunk, its first row on each device, N) -> the new rows."""
+  def device_part(rows, embeddings, first, num_rows):
+    size = min(len(embeddings), len(rows))
+    row = lax.axis_index(mesh_lib.AXIS) * len(rows) + first + jnp.arange(size)
+    new = jnp.where(row[:, None] < num_rows, embeddings[:size], 0)
+    return lax.dynamic_update_slice_in_dim(rows, new, first, 0)
+
+  spec = P(mesh_lib.AXIS)
+  return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(spec, spec, P(), P()),
+                               out_specs=spec), donate_argnums=0)
 
 
 def encode(config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mesh,
@@ -138,16 +206,15 @@ def encode(config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mes
                                out_specs=P(mesh_lib.AXIS)))
 
 
-def load_views(chunk: int, *, images: Images, first: int, total: int, slots: np.ndarray,
+def load_views(chunk: int, *, images: Images, index: Callable[[int], np.ndarray],
                side: int | None, shape: tuple[int, ...]) -> UInt8[np.ndarray, 'b H W 3']:
   """This process's part of a chunk; for threads and worker processes.
 
   Args:
     chunk: the number of the chunk.
     images: N images.
-    first: the image that the first chunk starts with.
-    total: images per chunk, over all processes.
-    slots: [b] places in the chunk that belong to this process.
+    index: (the number of a chunk) -> [b] its images that belong to this process; numbers of N or
+      more stand for the last image.
     side: side of the central views; None for full images, of the given shape.
     shape: (H, W, 3).
 
@@ -157,13 +224,13 @@ def load_views(chunk: int, *, images: Images, first: int, total: int, slots: np.
   Raises:
     errors.UserError: an image cannot be read, or has another shape.
   """
-  index = np.minimum(first + chunk * total + slots, len(images) - 1)
+  chosen = np.minimum(index(chunk), len(images) - 1)
   if side is not None:
-    return np.stack([images.central(i, side) for i in index])
+    return np.stack([images.central(i, side) for i in chosen])
   if isinstance(images.files, np.ndarray):
-    return images.files[index]
-  views = [images.full(i) for i in index]
-  for i, view in zip(index, views):
+    return images.files[chosen]
+  views = [images.full(i) for i in chosen]
+  for i, view in zip(chosen, views):
     if view.shape != shape:
       raise errors.UserError(
           f'{images.name(i)} has {view.shape[0]} x {view.shape[1]} pixels',
@@ -171,6 +238,12 @@ def load_views(chunk: int, *, images: Images, first: int, total: int, slots: np.
           remedy='use images of one size, or set <augment.size> and <dataset.path>=stream in a new '
                  '<--workdir> to train on crops of one size')
   return np.stack(views)
+
+
+def per_device(shape: tuple[int, ...], wanted: int) -> int:
+  """Images per device and chunk, where `wanted` are to be encoded; few sizes to compile."""
+  most = min(_CHUNK, max(1, _CHUNK_PIXELS // (shape[0] * shape[1])))
+  return min(most, 1 << (wanted - 1).bit_length())
 
 
 def _first_shape(images):

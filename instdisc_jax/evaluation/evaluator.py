@@ -1,27 +1,30 @@
 """kNN accuracy of a state, during training and after it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jaxtyping import Float, Int
 import numpy as np
 
+from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import views
 from instdisc_jax.evaluation import embedding, figures, knn
+from instdisc_jax.runtime import distributed, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
-from instdisc_jax.runtime import preemption
 from instdisc_jax.training.state import Setup, TrainState
 
 _PIXEL_SIDE = 32  # side of the views of images in files, for kNN with raw pixels
 _MOST_PIXEL_ROWS = 200_000  # at 12 KiB each
+_MOST_QUERIES = 50_000  # among training images, if none are held out
 
 
 class Evaluator:
   """kNN of a data set's held-out images against its training images.
 
   Without held-out images the training images themselves are the queries, each with its own row left
-  out. Without labels there is no accuracy, only neighbors.
+  out, or 50,000 of them, evenly spaced. Without labels there is no accuracy, only neighbors.
 
   Args:
     setup: the fixed parts of the run.
@@ -36,23 +39,25 @@ class Evaluator:
 
   def __init__(self, setup: Setup, dataset: data.Dataset, watch: preemption.Watch):
     self._setup, self._train = setup, dataset.train
-    self._own_row = None
-    self.queries = dataset.train if dataset.test is None else dataset.test
-    if dataset.test is None:
-      self._own_row = np.arange(setup.num_rows, dtype=np.int32)
+    self.queries, self._own_row = _queries(dataset)
     self.has_labels = dataset.train.labels is not None and self.queries.labels is not None
     config, mesh = setup.config, setup.mesh
     size = views.size(config, dataset.train.shape)
     self.side = size[0]
     self._engine = embedding.Engine(config, setup.encoder, mesh, size, watch.check)
-    k = min(max(config.knn.neighbors, figures.NEIGHBORS),
-            setup.num_rows - (self._own_row is not None))
+    k = num_searched(config, setup.num_rows - (self._own_row is not None))
     self._nearest = knn.over_mesh(mesh, k, setup.num_rows, config.knn.recall_target)
     self._exact = knn.over_mesh(mesh, k, setup.num_rows)
 
   def embed(self, state: TrainState, images: data.Images) -> Float[np.ndarray, 'n D']:
     """Embeddings of any images."""
-    return self._engine.embed({'params': state.params, 'batch_stats': state.batch_stats}, images)
+    return self._engine.embed(_variables(state), images)
+
+  def embed_in_parts(self, state: TrainState,
+                     images: data.Images) -> Iterator[Float[np.ndarray, 'n D']]:
+    """Yields the embeddings of any images, in order, some at a time."""
+    for part in self._engine.run(_variables(state), images):
+      yield part[embedding.EMBEDDING]
 
   def from_bank(self, state: TrainState) -> float | None:
     """kNN top-1 of the queries against the bank's current rows, or None without labels."""
@@ -62,9 +67,12 @@ class Evaluator:
 
   def recomputed(self, state: TrainState) -> tuple[float | None, Int[np.ndarray, 'Q K']]:
     """kNN against fresh features of all training images: (top-1 or None, neighbors [Q, K])."""
-    rows = self.embed(state, self._train)
-    queries = rows if self._own_row is not None else self.embed(state, self.queries)
-    found = self._search(queries, mesh_lib.shard_rows(rows, self._setup.mesh))
+    rows = self._engine.rows(_variables(state), self._train)
+    if len(self.queries) == len(self._train) and self._own_row is not None:
+      queries = distributed.gather(rows)[:len(self._train)]
+    else:
+      queries = self.embed(state, self.queries)
+    found = self._search(queries, rows)
     return self._top1(*found), found[1]
 
   def pixels(self) -> float | None:
@@ -77,7 +85,7 @@ class Evaluator:
       return None
     flat = self._pixels(self._train)
     mean = flat.mean(axis=0)
-    queries = flat if self._own_row is not None else self._pixels(self.queries)
+    queries = self._pixels(self.queries) if self._own_row is None else flat[self._own_row]
     bank = mesh_lib.shard_rows(linalg.unit(flat - mean), self._setup.mesh)
     return self._top1(*self._search(linalg.unit(queries - mean), bank))
 
@@ -105,3 +113,23 @@ class Evaluator:
     k = self._setup.config.knn.neighbors
     return knn.top1(similarity[:, :k], row[:, :k], self._train.labels, self.queries.labels,
                     self._setup.config.knn.temperature)
+
+
+def _queries(dataset: data.Dataset) -> tuple[data.Images, Int[np.ndarray, ' Q'] | None]:
+  """(the query images; their rows in the bank, or None if they are held out)."""
+  if dataset.test is not None:
+    return dataset.test, None
+  num_rows = len(dataset.train)
+  if num_rows <= _MOST_QUERIES:
+    return dataset.train, np.arange(num_rows, dtype=np.int32)
+  rows = (np.arange(_MOST_QUERIES) * num_rows // _MOST_QUERIES).astype(np.int32)
+  return dataset.train.subset(rows, f'{_MOST_QUERIES} queries'), rows
+
+
+def num_searched(config: config_lib.Config, num_rows: int) -> int:
+  """How many neighbors are searched: enough for the vote, and for the figure."""
+  return min(max(config.knn.neighbors, figures.NEIGHBORS), num_rows)
+
+
+def _variables(state):
+  return {'params': state.params, 'batch_stats': state.batch_stats}

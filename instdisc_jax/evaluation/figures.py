@@ -51,17 +51,17 @@ def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figu
   return figure
 
 
-def neighbors(dataset: data.Dataset, row: Int[np.ndarray, 'Q K'], side: int,
-              num_queries: int) -> figure_lib.Figure:
+def neighbors(dataset: data.Dataset, query_images: data.Images, row: Int[np.ndarray, 'Q K'],
+              side: int, num_queries: int) -> figure_lib.Figure:
   """A figure of some queries beside their nearest training images, marked as correct or not.
 
   Args:
-    dataset: its test images, or else its training images, are the queries.
+    dataset: the run's data.
+    query_images: Q images.
     row: [Q, K] their nearest training images.
     side: side in pixels of the central views shown for images in files.
     num_queries: number of queries shown, evenly spaced.
   """
-  query_images = dataset.train if dataset.test is None else dataset.test
   queries = np.linspace(0, len(row) - 1, min(num_queries, len(row))).astype(int)
   shown = min(NEIGHBORS, row.shape[1])
   names = dataset.class_names

@@ -1,19 +1,17 @@
 """The summary of a run, as summary.json and as a table."""
 
-from collections.abc import Callable, Iterable
-import hashlib
+from collections.abc import Callable
 import json
 from typing import Any
 
 import jax
-import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
 
 from instdisc_jax import data
 from instdisc_jax.evaluation import figures
 from instdisc_jax.evaluation.evaluator import Evaluator
-from instdisc_jax.runtime import distributed, files, metrics
+from instdisc_jax.runtime import digest, files, metrics
 from instdisc_jax.training.state import Setup, TrainState
 
 FILE = 'summary.json'
@@ -53,17 +51,18 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
-      'knn_top1_untrained': evaluator.recomputed(untrained)[0],
+      'knn_top1_untrained': (evaluator.recomputed(untrained)[0] if evaluator.has_labels else None),
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': images_per_second,
-      'params_digest': digest(jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
-      'bank_digest': digest([distributed.gather(state.bank)[:setup.num_rows]]),
+      'params_digest': digest.of_arrays(
+          jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
+      'bank_digest': digest.of_rows(state.bank, setup.num_rows, setup.mesh),
       'normalizer': float(state.normalizer) or None,
       'wall_seconds': wall_clock(),
   }
   if jax.process_index() == 0:
     figures.save(figures.curves(lines, summary, config.batch_size), workdir / 'curves.png')
-    neighbors = figures.neighbors(dataset, row, evaluator.side, figures.QUERIES)
+    neighbors = figures.neighbors(dataset, evaluator.queries, row, evaluator.side, figures.QUERIES)
     figures.save(neighbors, workdir / 'neighbors.png')
     files.write(workdir / FILE, json.dumps(summary, indent=2) + '\n')
   return summary
@@ -96,11 +95,3 @@ def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Co
                 + f', {summary["wall_seconds"]:.0f} s', markup=False)
   console.print(f'{workdir}: {FILE}, {metrics.FILE}, curves.png, neighbors.png',
                 markup=False)
-
-
-def digest(arrays: Iterable[Any]) -> str:
-  """SHA-256 of the bytes of arrays, one after the other, in hexadecimal."""
-  result = hashlib.sha256()
-  for array in arrays:
-    result.update(np.ascontiguousarray(array).tobytes())
-  return result.hexdigest()

@@ -1,16 +1,16 @@
 """Saving and restoring the training state; the only module that uses Orbax.
 
-A checkpoint holds the complete training state, the bank as its N true rows, so that it can be
-restored on any number of devices: padding belongs to the machine, not to the data. It appears under
-its name only when it is complete, with the SHA-256 of each of its files in a manifest. A checkpoint
-that no longer matches its manifest is damaged, and the previous one takes its place.
+A checkpoint holds the complete training state as the devices hold it, the bank with its padding,
+and N beside it. Every device writes and reads its own rows and no others: restored on another
+number of devices, rows past N are cut off or filled up with zeros. A checkpoint appears under its
+name only when it is complete, with N and the SHA-256 of each of its files in a manifest. One that
+no longer matches its manifest is damaged, and the previous one takes its place.
 
 A state is a flax struct with the fields of `training.state.TrainState`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -22,11 +22,10 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
 
-from instdisc_jax.runtime import errors, files
+from instdisc_jax.runtime import distributed, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 
 _MANIFEST = 'manifest.json'
@@ -41,17 +40,15 @@ class Checkpoints:
     folder: the folder of the checkpoints.
     keep: number of newest checkpoints to keep.
     num_rows: N.
-    mesh: the device mesh of the run.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep: int, num_rows: int,
-               mesh: jax.sharding.Mesh):
-    self._folder, self._num_rows, self._mesh = files.place(folder), num_rows, mesh
+  def __init__(self, folder: str | os.PathLike[str], keep: int, num_rows: int):
+    self._folder, self._num_rows = files.place(folder), num_rows
     self._damaged = self._folder.with_name(f'{self._folder.name}-damaged')
     self._saving: int | None = None
     self._pending_losses: list[float] = []
     self._manager = ocp.CheckpointManager(
-        self._folder, item_handlers=ocp.StandardCheckpointHandler(),
+        self._folder, item_handlers=ocp.PyTreeCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             enable_async_checkpointing=True, cleanup_tmp_directories=True,
@@ -69,9 +66,8 @@ class Checkpoints:
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     damage = _damage(self._folder, steps) if jax.process_index() == 0 else {}
-    if jax.process_count() > 1:
-      count = int(multihost_utils.broadcast_one_to_all(np.int32(len(damage))))
-      damage = {step: damage.get(step) for step in steps[:count]}
+    count = int(distributed.agree(np.int32(len(damage))))
+    damage = {step: damage.get(step) for step in steps[:count]}
     if steps and len(damage) == len(steps):
       raise errors.RunError(
           f"every checkpoint in '{self._folder}' is damaged ("
@@ -100,19 +96,15 @@ class Checkpoints:
     Raises:
       errors.RunError: this save could not be started, or the previous one failed.
     """
-    shardings = _of_rows(lambda _: self._rows_sharding(), jax.tree.map(lambda x: x.sharding, state))
-    strip = functools.partial(_of_rows, lambda rows: rows[:self._num_rows])
-    copy = jax.jit(lambda s: jax.tree.map(jnp.copy, strip(s)), out_shardings=shardings)(state)
-    step = int(state.step)
+    copied, step = copy(state), int(state.step)
     with self._failing():
       self._manager.wait_until_finished()
       self._saving, self._pending_losses = step, list(pending_losses)
-      self._manager.save(step, args=ocp.args.StandardSave(_as_dict(copy)), force=True)
+      self._manager.save(step, args=ocp.args.PyTreeSave(_as_dict(copied)), force=True)
 
   def pending_losses(self) -> list[float]:
     """The pending losses that the newest checkpoint was saved with."""
-    manifest = self._folder / str(self.latest_step()) / _MANIFEST
-    return json.loads(manifest.read_text())['pending_losses']
+    return _manifest(self._folder / str(self.latest_step()))['pending_losses']
 
   def restore(self, like: Any, step: int | None = None) -> Any:
     """Reads a checkpoint into the shardings and shapes of `like`.
@@ -122,30 +114,25 @@ class Checkpoints:
       step: the step of the checkpoint; the newest by default.
 
     Returns:
-      A training state on this run's mesh. A bank or class weights that the checkpoint lacks
-      (imported weights) are taken from `like`.
+      A training state like that. A bank or class weights that the checkpoint lacks (imported
+      weights) are taken from `like`.
 
     Raises:
       errors.UserError: the number of rows in its bank is not the number of images.
     """
     step = self._manager.latest_step() if step is None else step
     assert step is not None, 'there is no checkpoint to restore'
-    found: Any = self._manager.item_metadata(step)
-    absent = [name for name in _PER_ROW if found.get(name) is None]
-    count = self._num_rows if 'bank' in absent else found['bank'].shape[0]
+    metadata: Any = self._manager.item_metadata(step)
+    absent = [name for name in _PER_ROW if metadata.tree.get(name) is None]
+    count = _num_rows(self._folder / str(step), metadata) or self._num_rows
     if count != self._num_rows:
       raise errors.UserError(
           f'the bank of the checkpoint has {count} rows',
           f'one row for each of the {self._num_rows} training images', setting='dataset.name',
           remedy='set <dataset.name> to the data it was trained on')
-    stored = _of_rows(lambda rows: jax.ShapeDtypeStruct(
-        (self._num_rows, rows.shape[1]), rows.dtype, sharding=self._rows_sharding()),
-        like.replace(**dict.fromkeys(absent)))
-    restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(stored)))
-    state = stored.replace(**restored)
-    pad = jax.jit(functools.partial(mesh_lib.pad_rows, num_devices=self._mesh.size),
-                  out_shardings=like.bank.sharding)
-    return _of_rows(pad, state).replace(**{name: getattr(like, name) for name in absent})
+    wanted = like.replace(**dict.fromkeys(absent))
+    restored = _restore_like(self._manager, step, _as_dict(wanted))
+    return wanted.replace(**restored).replace(**{name: getattr(like, name) for name in absent})
 
   def close(self) -> None:
     """Waits for the last save.
@@ -176,18 +163,15 @@ class Checkpoints:
     """Called when all files of the new checkpoint are written, before it gets its name."""
     folder = next(self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*'),
                   self._folder / str(self._saving))  # in a bucket, a marker file completes it
-    manifest = {'sha256': _hashes(folder), 'pending_losses': self._pending_losses}
+    manifest = {'sha256': _hashes(folder), 'num_rows': self._num_rows,
+                'pending_losses': self._pending_losses}
     (folder / _MANIFEST).write_text(json.dumps(manifest))
 
-  def _rows_sharding(self):
-    """By rows if they divide evenly among the devices, else one copy on each."""
-    even = self._num_rows % self._mesh.size == 0
-    return NamedSharding(self._mesh, P(mesh_lib.AXIS) if even else P())
 
-
-def _of_rows(fn: Callable, state: Any) -> Any:
-  """A state with `fn` applied to the fields that have a row for each image; None is kept."""
-  return state.replace(**{name: jax.tree.map(fn, getattr(state, name)) for name in _PER_ROW})
+@jax.jit
+def copy(state: Any) -> Any:
+  """A copy of a state, each device's part on the device itself."""
+  return jax.tree.map(jnp.copy, state)
 
 
 def _as_dict(state):
@@ -232,10 +216,21 @@ def _damage(folder, steps):
   return damage
 
 
+def _manifest(folder):
+  """The manifest of a checkpoint."""
+  return json.loads((folder / _MANIFEST).read_text())
+
+
+def _num_rows(folder, metadata):
+  """N of a checkpoint, or None without a bank. Those of version 0.1 have no padding."""
+  bank = metadata.tree.get('bank')
+  return None if bank is None else _manifest(folder).get('num_rows', bank.shape[0])
+
+
 def _fault(folder):
   """The fault of a checkpoint, in words; None if it is intact."""
   try:
-    expected = json.loads((folder / _MANIFEST).read_text())['sha256']
+    expected = _manifest(folder)['sha256']
   except (OSError, ValueError, KeyError, TypeError):
     return f'no readable {_MANIFEST}'
   found = _hashes(folder)
@@ -248,7 +243,7 @@ def _fault(folder):
 
 
 def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -> dict[str, Any]:
-  """The newest intact checkpoint as it was stored, on the host.
+  """The newest intact checkpoint, on the host; all processes must call this.
 
   Args:
     folder: the folder of a run's checkpoints.
@@ -261,20 +256,69 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
   Raises:
     errors.UserError: there is no intact checkpoint.
   """
+  with _newest(folder) as (manager, step, metadata):
+    like = {name: part for name, part in metadata.tree.items() if names is None or name in names}
+    restored: Any = manager.restore(step, args=ocp.args.PyTreeRestore(
+        like, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+        partial_restore=True))
+    count = _num_rows(files.place(folder) / str(step), metadata)
+  return restored | {name: jax.tree.map(lambda rows: rows[:count], restored[name])
+                     for name in _PER_ROW if restored.get(name) is not None}
+
+
+def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding) -> dict[str, Any]:
+  """The bank and class weights of the newest intact checkpoint; all processes must call this.
+
+  Every device reads its own rows.
+
+  Args:
+    folder: the folder of a run's checkpoints.
+    sharding: how to shard the rows.
+
+  Returns:
+    {'num_rows': N, 'bank', 'classifier'}, the latter two padded to a multiple of the number of
+    devices; None if the checkpoint lacks them.
+
+  Raises:
+    errors.UserError: there is no intact checkpoint.
+  """
+  with _newest(folder) as (manager, step, metadata):
+    count = _num_rows(files.place(folder) / str(step), metadata)
+    tree = {name: metadata.tree[name] for name in _PER_ROW if metadata.tree.get(name) is not None}
+    total = 0 if count is None else mesh_lib.padded(count, sharding.num_devices)
+    padded = lambda rows: jax.ShapeDtypeStruct((total, rows.shape[1]), rows.dtype,
+                                               sharding=sharding)
+    rows = _restore_like(manager, step, jax.tree.map(padded, tree)) if tree else {}
+  return dict.fromkeys(_PER_ROW) | rows | {'num_rows': count}
+
+
+def _restore_like(manager, step, like):
+  """The fields {name: tree} of a checkpoint, in the shapes and shardings of `like`.
+
+  Rows past the end of a stored array are zeros, and its surplus is not read; other arrays must have
+  the stored shape.
+  """
+  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  how = {name: ocp.checkpoint_utils.construct_restore_args(part, strict=name not in _PER_ROW)
+         for name, part in wanted.items()}
+  restored: Any = manager.restore(
+      step, args=ocp.args.PyTreeRestore(wanted, how, partial_restore=True))
+  return restored
+
+
+@contextlib.contextmanager
+def _newest(folder) -> Iterator[tuple[Any, int, Any]]:
+  """(manager, step, metadata) of the newest intact checkpoint; warns about damaged ones."""
   folder, manager, intact = files.place(folder), None, None
   if folder.is_dir():
     manager = ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler())
-    damage = _damage(folder, manager.all_steps())
+    steps = sorted(manager.all_steps(), reverse=True)
+    damage = _damage(folder, steps) if jax.process_index() == 0 else {}
     for step, fault in damage.items():
       errors.warn(f"checkpoint {step} in '{folder}' is damaged ({fault})")
-    intact = max(set(manager.all_steps()) - damage.keys(), default=None)
+    intact = next(iter(steps[int(distributed.agree(np.int32(len(damage)))):]), None)
   if manager is None or intact is None:
     raise errors.UserError(f"no intact checkpoint in '{folder}'", setting='--workdir',
                            remedy='set <--workdir> to the folder of a run')
-  metadata: Any = manager.item_metadata(intact)
-  like = {name: part for name, part in metadata.tree.items() if names is None or name in names}
-  restored: Any = manager.restore(intact, args=ocp.args.PyTreeRestore(
-      like, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
-      partial_restore=True))
-  manager.close()
-  return restored
+  with contextlib.closing(manager):
+    yield manager, intact, manager.item_metadata(intact)

@@ -66,7 +66,7 @@ class Stopped(Exception):
   """A signal stopped the run; its progress is saved."""
 
 
-def exit_code(command: Callable[[], object], flags: Mapping[str, str] | None = None) -> int:
+def exit_code(command: Callable[[], int | None], flags: Mapping[str, str] | None = None) -> int:
   """Runs `command()`; on failure writes one line to stderr.
 
   Args:
@@ -74,11 +74,11 @@ def exit_code(command: Callable[[], object], flags: Mapping[str, str] | None = N
     flags: see `UserError.worded`.
 
   Returns:
-    0, 2 (user error), 1 (the run failed) or 75 (stopped by a signal).
+    What the command returns, if it does, else 0; 2 (user error), 1 (the run failed) or 75 (stopped
+    by a signal).
   """
   try:
-    command()
-    return 0
+    return command() or 0
   except UserError as e:
     return _report(2, f'error: {_joined(e.worded(flags or {}))}')
   except RunError as e:

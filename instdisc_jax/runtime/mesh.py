@@ -5,6 +5,7 @@ replicated. Rows are padded to a multiple of the device count; N does not count 
 """
 
 from collections.abc import Sequence
+import os
 from typing import Any
 
 import jax
@@ -26,6 +27,11 @@ def make(devices: Sequence[Any] | None = None) -> Mesh:
 def on_cpu(mesh: Mesh) -> bool:
   """Whether the devices are CPUs."""
   return mesh.devices.flat[0].platform == 'cpu'
+
+
+def padded(num_rows: int, num_devices: int) -> int:
+  """N', the next multiple of the device count."""
+  return num_rows + -num_rows % num_devices
 
 
 def pad_rows(rows: Any, num_devices: int) -> Any:
@@ -77,3 +83,12 @@ def place_local(local: np.ndarray, mesh: Mesh, slots: np.ndarray, total: int,
 
   spec = P(*(None,) * lead, AXIS)
   return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+
+def memory(mesh: Mesh) -> float:
+  """Bytes of a device's memory; CPU devices share that of the machine."""
+  device = mesh.local_devices[0]
+  limit = (device.memory_stats() or {}).get('bytes_limit')
+  if limit is None:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(mesh.local_devices)
+  return limit

@@ -7,18 +7,9 @@ from typing import Any
 
 import jax
 
-from instdisc_jax.runtime import files
+from instdisc_jax.runtime import files, hardware
 
-# Dense bfloat16 FLOP/s of one device, by the prefix of its name in JAX; from the data sheets.
-_PEAK = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12,
-         'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}
 _FIRST_DISPATCH = 3  # the first dispatch traced; earlier ones warm up
-
-
-def peak(device: Any) -> float | None:
-  """Peak FLOP/s of a device, or None for an unknown kind."""
-  kinds = [kind for kind in _PEAK if device.device_kind.startswith(kind)]
-  return _PEAK[max(kinds, key=len)] if kinds else None
 
 
 class Costs:
@@ -36,7 +27,8 @@ class Costs:
   def __init__(self, compiled: jax.stages.Compiled, seconds: float, device: Any):
     analysis: Any = compiled.cost_analysis() or {}
     self.flops: float | None = analysis.get('flops') or None
-    self._seconds, self._peak = seconds, peak(device)
+    chip = hardware.of(device)
+    self._seconds, self._peak = seconds, None if chip is None else chip.flops
     memory: Any = compiled.memory_analysis()
     self._bytes = None if memory is None else (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -96,7 +96,7 @@ def _write(workdir: pathlib.Path, settings: dict[str, Any], state: state_lib.Tra
   shutil.rmtree(partial, ignore_errors=True)
   try:
     partial.mkdir(parents=True)
-    saved = checkpoint.Checkpoints(partial / 'checkpoints', 1, num_rows, mesh)
+    saved = checkpoint.Checkpoints(partial / 'checkpoints', 1, num_rows)
     saved.save(jax.device_put(state, state_lib.shardings(mesh, state)))
     saved.close()
     workdir_lib.write(partial, settings, None)

@@ -64,7 +64,7 @@ def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
     if plan.evaluates(step) and not stop:
       stop = not _evaluate(state, step, monitor, evaluate)
     if stop or plan.saves(step):
-      monitor_lib.check_finite(state, checkpoints.latest_step())
+      monitor_lib.check_finite(state, setup.mesh, checkpoints.latest_step())
       checkpoints.save(state, monitor.losses)
     if stop:
       raise errors.Stopped(f'stopped by {watch.name()} at step {step} of {plan.end}, which is '

@@ -6,18 +6,23 @@ The metrics of a dispatch are fetched one dispatch later, so the devices never w
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from instdisc_jax.runtime import errors, metrics, profiling
+from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import optimizer
 from instdisc_jax.training.plan import Plan
-from instdisc_jax.training.state import Setup, TrainState
+from instdisc_jax.training.state import SPECS, Setup, TrainState
 
+_NONE = 2**31 - 1  # instead of a row
 _COLLAPSED = 0.99  # norm of the mean embedding above which an encoder counts as collapsed
 
 
@@ -181,29 +186,40 @@ class Timer:
     return waited / seconds if seconds else None
 
 
-def check_finite(state: TrainState, saved: int | None) -> None:
+def check_finite(state: TrainState, mesh: jax.sharding.Mesh, saved: int | None) -> None:
   """Raises `errors.RunError` if any value of the state is not finite, including the bank's rows.
 
   Args:
     state: the state.
+    mesh: the device mesh.
     saved: the step of the newest checkpoint, or None.
   """
-  fields = {name: part for name, part in vars(state).items() if name != 'step'}
-  for name, row in jax.device_get(_first_bad_rows(fields)).items():
-    if row >= 0:
+  for name, row in jax.device_get(first_bad_rows(mesh)(state)).items():
+    if row < _NONE:
       which = f'bank row {row}' if name == 'bank' else name
       raise errors.RunError(_not_finite(which, 'NaN or infinite', int(state.step), saved))
 
 
-@jax.jit
-def _first_bad_rows(fields):
-  """{name: the first row of any of its arrays that holds a non-finite value, or -1}."""
-  def first(x):
+@functools.cache
+def first_bad_rows(mesh: jax.sharding.Mesh) -> Any:
+  """A jitted state -> {field: the first row of its arrays with a non-finite value, or 2^31 - 1}."""
+  def first(x, spec):
     bad = ~jnp.isfinite(x).reshape(x.shape[0] if x.ndim else 1, -1).all(axis=1)
-    return jnp.where(bad.any(), jnp.argmax(bad), -1)
-  rows = {name: [first(x) for x in jax.tree.leaves(part) if jnp.issubdtype(x.dtype, jnp.inexact)]
-          for name, part in fields.items()}
-  return {name: jnp.stack(found).max() for name, found in rows.items() if found}
+    row = jnp.argmax(bad).astype(jnp.int32)
+    if spec != P():
+      row += lax.axis_index(mesh_lib.AXIS) * x.shape[0]
+    row = jnp.where(bad.any(), row, _NONE)
+    return row if spec == P() else lax.pmin(row, mesh_lib.AXIS)
+
+  def device_part(state):
+    found = {}
+    for name, part in vars(state).items():
+      arrays = [x for x in jax.tree.leaves(part) if jnp.issubdtype(x.dtype, jnp.inexact)]
+      if arrays:
+        found[name] = jnp.stack([first(x, getattr(SPECS, name)) for x in arrays]).min()
+    return found
+
+  return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(SPECS,), out_specs=P()))
 
 
 def _not_finite(name, value, step, saved):

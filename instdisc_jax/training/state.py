@@ -73,6 +73,11 @@ class Setup:
     return cls(config, create_encoder(config), optimizer_lib.make(config, num_rows), num_rows, mesh)
 
   @property
+  def reduce_dtype(self) -> Any:
+    """The dtype in which gradients are summed over the devices."""
+    return jnp.dtype(self.config.model.reduce_dtype or self.wide)
+
+  @property
   def wide(self) -> Any:
     """The dtype of values kept at full precision: float32, or float64 if `model.dtype` is."""
     return jnp.promote_types(self.config.model.dtype, jnp.float32)
@@ -98,22 +103,25 @@ def make_init(setup: Setup, view_size: tuple[int, int]) -> Callable[[], TrainSta
   """
   config, mesh = setup.config, setup.mesh
 
+  def rows(key, **how):
+    # Drawn with their padding: every device draws its own, and a row depends on its number alone.
+    total = mesh_lib.padded(setup.num_rows, mesh.size)
+    drawn = bank_lib.init(key, total, config.model.embedding_dim, **how)
+    return jnp.where(jnp.arange(total)[:, None] < setup.num_rows, drawn, 0)
+
   def init() -> TrainState:
     params_key, bank_key = jax.random.split(threefry.key(config.seed, threefry.INIT))
     variables: Any = setup.encoder.init(params_key, jnp.zeros((2, *view_size, 3)), train=False)
-    bank = bank_lib.init(bank_key, setup.num_rows, config.model.embedding_dim,
-                         unit=config.bank.init == 'unit', dtype=config.bank.dtype)
+    bank = rows(bank_key, unit=config.bank.init == 'unit', dtype=config.bank.dtype)
     classifier = None
     if config.loss.name == 'parametric_softmax':
-      weights = mesh_lib.pad_rows(
-          bank_lib.init(jax.random.fold_in(bank_key, 1), setup.num_rows,
-                        config.model.embedding_dim, unit=True, dtype=setup.wide), mesh.size)
+      weights = rows(jax.random.fold_in(bank_key, 1), unit=True, dtype=setup.wide)
       classifier = {'weights': weights, 'momentum': jnp.zeros_like(weights)}
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=variables['params'],
         batch_stats=variables.get('batch_stats', {}),
         opt_state=setup.optimizer.init(variables['params']),
-        bank=mesh_lib.pad_rows(bank, mesh.size), normalizer=jnp.zeros((), setup.wide),
+        bank=bank, normalizer=jnp.zeros((), setup.wide),
         classifier=classifier)
 
   # XLA:CPU spends seconds optimizing the random numbers of every layer, and this runs only once.

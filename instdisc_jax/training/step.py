@@ -60,7 +60,7 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
   return update(state, (images, index, _draw_noise(setup, state.step, index)), encode=encode,
                 optimizer=setup.optimizer, loss=config.loss, bank_momentum=config.bank.momentum,
                 num_rows=setup.num_rows, axis_name=AXIS, accumulate_steps=config.accumulate_steps,
-                unroll=on_cpu(setup.mesh))
+                reduce_dtype=setup.reduce_dtype, unroll=on_cpu(setup.mesh))
 
 
 def _draw_noise(setup, step, index):
@@ -77,7 +77,8 @@ def _draw_noise(setup, step, index):
 def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*B M'] | None], *,
            encode: Callable, optimizer: optax.GradientTransformation, loss: Any,
            bank_momentum: float, num_rows: int, axis_name: str | None = None,
-           accumulate_steps: int = 1, unroll: bool = True) -> tuple[TrainState, Metrics]:
+           accumulate_steps: int = 1, reduce_dtype: Any = None,
+           unroll: bool = True) -> tuple[TrainState, Metrics]:
   """The method itself: one step on the parameters, the bank and Z, for any encoder.
 
   With `accumulate_steps` the batch goes through the encoder in parts; parameters and bank are
@@ -95,6 +96,7 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
     num_rows: the true N.
     axis_name: mesh axis, or None.
     accumulate_steps: parts of the batch; divides B.
+    reduce_dtype: dtype in which gradients are summed over the axis; by default their own.
     unroll: whether to unroll the loop over the parts; for CPUs.
 
   Returns:
@@ -104,21 +106,25 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
   """
   shared: Any = dict(axis_name=axis_name, num_rows=num_rows)
   objective = functools.partial(_objective, state=state, encode=encode, loss=loss, **shared)
+  params = state.params
+  if axis_name is not None:  # each device differentiates its own copy, and they are summed once
+    params = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
 
   def part(carry, inputs):
     batch_stats, normalizer, total = carry
-    # The mean over devices is inside the objective, so these are gradients of the global loss.
+    # The mean over devices is inside the objective: summed over them, these are gradients of the
+    # global loss.
     grads, (features, per_image, batch_stats, normalizer, metrics) = jax.grad(
-        objective, has_aux=True)(state.params, batch_stats, normalizer, *inputs)
+        objective, has_aux=True)(params, batch_stats, normalizer, *inputs)
     total = jax.tree.map(jnp.add, total, grads)
     return (batch_stats, normalizer, total), (features, per_image, metrics)
 
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
   scan = _unrolled_scan if unroll or accumulate_steps == 1 else lax.scan
   (batch_stats, normalizer, grads), (features, per_image, metrics) = scan(
       part, (state.batch_stats, state.normalizer, zeros),
       _in_parts(inputs, accumulate_steps, axis_name))
-  grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
+  grads = jax.tree.map(lambda g: _sum(g / accumulate_steps, axis_name, reduce_dtype), grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -181,6 +187,13 @@ def _loss(features, index, noise_index, normalizer, *, state, loss, **shared):
 def _mean(x, axis_name):
   """The mean over the global batch."""
   return jnp.mean(x) if axis_name is None else lax.pmean(jnp.mean(x), axis_name)
+
+
+def _sum(gradient, axis_name, dtype):
+  """A gradient summed over the devices, in `dtype`."""
+  if axis_name is None:
+    return gradient
+  return lax.psum(gradient.astype(dtype or gradient.dtype), axis_name).astype(gradient.dtype)
 
 
 def _update_classifier(classifier, gradient, optimizer, step):

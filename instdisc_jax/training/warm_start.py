@@ -1,22 +1,29 @@
 """Warm start from weights, or from the weights and the bank of an earlier run (`model.init`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import functools
 import os
 from typing import Any
 
 import jax
-from jaxtyping import Float, Int
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 import numpy as np
 
 from instdisc_jax import config as config_lib
 from instdisc_jax import data
 from instdisc_jax.data import folder
 from instdisc_jax.interop import checkpoints as interop_checkpoints
-from instdisc_jax.runtime import checkpoint, distributed, errors, files
+from instdisc_jax.runtime import checkpoint, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.runtime.mesh import AXIS
 from instdisc_jax.training.state import TrainState
 
+_ALL = object()  # every image keeps its row
 _REMEDY = 'set <model.init> to a file of weights or to the workdir of a run'
 
 
@@ -75,19 +82,19 @@ def with_weights(state: TrainState, weights: dict[str, Any] | None) -> TrainStat
 
 
 def with_rows(state: TrainState, place: str, dataset: data.Dataset,
-              embed: Callable[[TrainState, data.Images], Float[np.ndarray, 'n D']],
+              embed: Callable[[TrainState, data.Images], Iterable[Float[np.ndarray, 'n D']]],
               mesh: jax.sharding.Mesh) -> TrainState:
   """A fresh state that inherits the bank of an earlier run.
 
   Images known to the earlier run keep their rows (files are matched by path and size, other data by
   the fingerprint of the full set); new images get their embeddings as rows. Class weights are
-  inherited too if both runs have them.
+  inherited too if both runs have them. Every process holds the rows of its own devices only.
 
   Args:
     state: a state that already has its weights, see `with_weights`.
     place: model.init; for a file, only the weights are used.
     dataset: the new run's data.
-    embed: (state, images [n]) -> their embeddings.
+    embed: (state, images) -> their embeddings in order, in parts.
     mesh: the device mesh.
 
   Returns:
@@ -95,32 +102,67 @@ def with_rows(state: TrainState, place: str, dataset: data.Dataset,
   """
   if not files.place(place).is_dir():
     return state
-  old = checkpoint.read(files.place(place) / 'checkpoints')
-  old_bank = old['bank']
-  row = _known_rows(place, dataset) if old_bank is not None else np.full(len(dataset.train), -1)
-  new = np.flatnonzero(row < 0)
-  bank = np.empty((len(dataset.train), state.bank.shape[1]), np.float32)
-  if old_bank is not None:
-    bank[row >= 0] = np.asarray(old_bank, np.float32)[row[row >= 0]]
-  if len(new):
-    bank[new] = embed(state, dataset.train.subset(new, 'new'))
-  state = state.replace(bank=mesh_lib.shard_rows(np.asarray(bank, state.bank.dtype), mesh))
-  if state.classifier is None or old.get('classifier') is None:
-    return state
+  old = checkpoint.read_rows(files.place(place) / 'checkpoints',
+                             NamedSharding(mesh, P(AXIS)))
+  known = None if old['bank'] is None else _known_rows(place, dataset)
+  if known is _ALL:
+    take = lambda fresh, before: before.astype(fresh.dtype)
+  else:
+    row = np.full(len(state.bank), -1, np.int32)
+    row[:len(dataset.train)] = -1 if known is None else known
+    slots = mesh_lib.local_slots(mesh, len(row))
+    wanted = mesh_lib.place_local(row[slots], mesh, slots, len(row))
+    unknown = np.flatnonzero(row[:len(dataset.train)] < 0)
+    new = _new_rows(state, dataset.train, unknown, slots, embed)
+    state = state.replace(bank=mesh_lib.place_local(new, mesh, slots, len(row)))
+    take = lambda fresh, before: take_rows(mesh)(fresh, before, wanted)
+  if old['bank'] is not None:
+    state = state.replace(bank=take(state.bank, old['bank']))
+  if state.classifier is not None and old['classifier'] is not None:
+    state = state.replace(classifier=jax.tree.map(take, state.classifier, old['classifier']))
+  return state
 
-  def known_rows(fresh, before):
-    rows = distributed.gather(fresh)[:len(row)].copy()
-    rows[row >= 0] = before[row[row >= 0]]
-    return mesh_lib.shard_rows(np.asarray(rows, fresh.dtype), mesh)
 
-  return state.replace(classifier=jax.tree.map(known_rows, state.classifier, old['classifier']))
+def _new_rows(state, images, new, slots, embed):
+  """The embeddings of the images `new` at their places among this process's rows, else zero."""
+  rows = np.zeros((len(slots), state.bank.shape[1]), state.bank.dtype)
+  first = 0
+  for part in embed(state, images.subset(new, 'new')) if len(new) else ():
+    index = new[first:first + len(part)]
+    mine = np.isin(index, slots)
+    rows[np.searchsorted(slots, index[mine])] = part[mine]
+    first += len(part)
+  return rows
 
 
-def _known_rows(place: str, dataset: data.Dataset) -> Int[np.ndarray, ' N']:
-  """The row that each image had in the earlier run, or -1."""
+@functools.cache
+def take_rows(mesh: jax.sharding.Mesh) -> Any:
+  """A jitted (rows, other rows, which) -> rows, of which those with which >= 0 are other[which].
+
+  All are sharded by rows. The shards of the other rows are passed around, so a device holds one of
+  them at a time.
+  """
+  ring = [(i, (i + 1) % mesh.size) for i in range(mesh.size)]
+
+  def device_part(rows, other, which):
+    def take(i, carry):
+      held, rows = carry
+      local = which - (lax.axis_index(AXIS) - i) % mesh.size * len(held)
+      inside = (local >= 0) & (local < len(held)) & (which >= 0)
+      found = held[jnp.clip(local, 0, len(held) - 1)].astype(rows.dtype)
+      return lax.ppermute(held, AXIS, ring), jnp.where(inside[:, None], found, rows)
+
+    return lax.fori_loop(0, mesh.size, take, (other, rows))[1]
+
+  spec = P(AXIS)
+  return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(spec, spec, spec),
+                               out_specs=spec))
+
+
+def _known_rows(place: str, dataset: data.Dataset) -> Any:
+  """[N] the row that each image had in the earlier run, or -1; `_ALL` if all are the same."""
   old, new = folder.read(place), dataset.listing
   if old is None or new is None or dataset.train.names is None:
     _, fingerprint = workdir_lib.read(place)
-    same = fingerprint == dataset.train.fingerprint
-    return np.arange(len(dataset.train)) if same else np.full(len(dataset.train), -1)
+    return _ALL if fingerprint == dataset.train.fingerprint else None
   return folder.rows_of(old, dataset.train.names, new['files'])

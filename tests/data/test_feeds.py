@@ -29,7 +29,7 @@ IMAGES = Images(_coordinate_images(), None, '')
 
 
 def _load(slots, images=IMAGES):
-  return functools.partial(feeds.load_batch, images=images, crop=CROP, batch_size=B,
+  return functools.partial(feeds.load_batch, images=images, crop=CROP, chain=order.Chain(3, B, N),
                            slots=np.array(slots))
 
 
@@ -39,7 +39,7 @@ def _expected(first, last):
   index, expected = [], []
   for place in range(first * B, last * B):
     epoch, within = divmod(place, N)
-    i = int(order.batch_index(3, epoch, N, N)[within])
+    i = int(order.Chain(3, N, N).batch(epoch)[within])
     key = jax.random.key(3)
     for number in (1, place, i):
       key = jax.random.fold_in(key, number)
@@ -73,7 +73,7 @@ def test_indices_and_crops_are_the_chain_for_any_processes_and_workers(num_proce
 
 def test_a_stream_starts_anywhere_and_gives_each_device_its_part():
   mesh = mesh_lib.make(jax.devices()[:2])
-  make = lambda: feeds.Stream(IMAGES, mesh, CROP, B, last_step=9, workers=0)
+  make = lambda: feeds.Stream(IMAGES, mesh, CROP, order.Chain(3, B, N), last_step=9, workers=0)
   straight, later = make(), make()
   batches = [straight.at(step) for step in range(9)]
   for step in (7, 8, 2):
@@ -81,7 +81,7 @@ def test_a_stream_starts_anywhere_and_gives_each_device_its_part():
     np.testing.assert_array_equal(images, batches[step][0])
     np.testing.assert_array_equal(index, batches[step][1])
   assert index.shape == (1, B) and images.shape == (B, SIDE, SIDE, 3)
-  np.testing.assert_array_equal(index[0], order.batch_index(3, 2, B, N))
+  np.testing.assert_array_equal(index[0], order.Chain(3, B, N).batch(2))
   assert [s.data.shape[0] for s in images.addressable_shards] == [3, 3]
   straight.close(), later.close()
 
@@ -139,20 +139,19 @@ def test_streamed_and_resident_images_train_identically_where_nothing_is_cropped
 def test_image_i_is_row_i_of_the_bank():
   config = _config(batch_size=1)
   _, index, before, after = _one_step(config, 'stream')
-  assert index == order.batch_index(config.seed, 0, 1, N)
+  assert index == order.Chain(config.seed, 1, N).batch(0)
   moved = np.flatnonzero(np.abs(after.bank - before.bank).max(axis=1) > 0)
   np.testing.assert_array_equal(moved, index)
 
 
 def test_what_fits_is_resident_and_the_rest_is_streamed():
-  mesh, config = mesh_lib.make(jax.devices()[:1]), _config()
-  images = Images(np.zeros((10, 8, 8, 3), np.uint8), None, '', shape=(8, 8, 3))
-  choose = lambda images: feeds.choose_path(config, images, None, mesh)
-  assert choose(images) == 'resident'
-  assert choose(IMAGES) == 'stream'  # of no known size
-  config.dataset.resident_share = 1e-12
-  assert choose(images) == 'stream'
-  assert feeds.choose_path(config, images, 'resident', mesh) == 'resident'  # as it was started
+  config = _config()
+  choose = lambda memory, shape=(8, 8, 3): feeds.choose_path(config, 10, shape, memory)
+  assert choose(4 * 1920) == 'resident'
+  assert choose(4 * 1920 - 1) == 'stream'
+  assert choose(2**30, None) == 'stream'  # of no known size
+  config.dataset.update(name='fake:10')
+  assert choose(2**30) == 'stream'
 
 
 def test_the_fake_feed_trains_on_the_chain_of_indices():
@@ -166,6 +165,6 @@ def test_the_fake_feed_trains_on_the_chain_of_indices():
   setup = state_lib.Setup.of(config, len(source), mesh)
   state = state_lib.make_init(setup, (16, 16))()
   inputs = feed.at(0)
-  np.testing.assert_array_equal(inputs[1][0], order.batch_index(config.seed, 0, 6, 21))
+  np.testing.assert_array_equal(inputs[1][0], order.Chain(config.seed, 6, 21).batch(0))
   state, metrics = step_lib.over_mesh(setup, feed)(state, inputs, 1)
   assert int(state.step) == 1 and np.isfinite(metrics['loss']).all()

@@ -10,6 +10,7 @@ from instdisc_jax.evaluation import embedding
 from instdisc_jax.runtime import errors
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import state as state_lib
+from tests import programs
 from tests.conftest import small_config, smooth_images
 
 N = 37  # no device count divides it
@@ -195,3 +196,28 @@ def test_a_streamed_run_sees_the_host_s_central_views_of_an_array():
       np.testing.assert_array_equal(found[name], expected[name])
   on_the_device = _all(_engine(1), data.Dataset('arrays', MEMORY).kept('resident').train)
   assert np.abs(on_the_device['embedding'] - expected['embedding']).max() > 1e-5  # not rounded
+
+
+@pytest.mark.parametrize('num_devices, kind, chunk', [
+    (1, 'in memory', 256), (3, 'in memory', 2), (8, 'cropped on the host', 256),
+    pytest.param(8, 'in memory', 2, marks=pytest.mark.slow),
+    pytest.param(3, 'cropped on the host', 2, marks=pytest.mark.slow)])
+def test_fresh_rows_are_the_embeddings_each_on_its_own_device(monkeypatch, num_devices, kind,
+                                                              chunk):
+  monkeypatch.setattr(embedding, '_CHUNK', chunk)
+  images, size = KINDS[kind]
+  rows = _engine(num_devices, size).rows(_variables(), images)
+  expected = _on_one_device(kind)['embedding']
+  assert rows.shape[0] == mesh_lib.padded(N, num_devices)
+  assert {shard.data.shape[0] for shard in rows.addressable_shards} == {len(rows) // num_devices}
+  np.testing.assert_allclose(rows[:N], expected, atol=1e-6)
+  assert not np.asarray(rows)[N:].any()
+
+
+def test_writing_fresh_rows_communicates_nothing_and_copies_nothing():
+  mesh = mesh_lib.make()
+  rows, chunk = (jax.ShapeDtypeStruct((8 * n, 16), np.float32, sharding=jax.NamedSharding(
+      mesh, jax.P(mesh_lib.AXIS))) for n in (10_000, 4))
+  compiled = embedding.write_rows(mesh).lower(rows, chunk, 0, 79_999).compile()
+  assert programs.collective_values(compiled.as_text()) == 0
+  assert compiled.memory_analysis().alias_size_in_bytes == 10_000 * 16 * 4

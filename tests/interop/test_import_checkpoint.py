@@ -197,7 +197,7 @@ def test_a_workdir_without_a_bank_resumes_with_a_fresh_one(tmp_path, monkeypatch
     pass
   mesh = mesh_lib.make(jax.devices()[:2])
   fresh = state_lib.make_init(state_lib.Setup.of(config, 129, mesh), (32, 32))()
-  checkpoints = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', 1, 129, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints', 1, 129)
   state = checkpoints.restore(fresh)
   checkpoints.close()
   assert state.bank.shape == (130, 16)

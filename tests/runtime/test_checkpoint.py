@@ -32,12 +32,12 @@ def _state(num_devices, seed):
 def test_a_checkpoint_moves_between_device_counts(tmp_path, before, after):
   state, mesh = _state(before, seed=1)
   kept = jax.device_get(state)
-  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N)
   checkpoints.save(state)
   jax.tree.map(lambda x: x.delete(), state)  # as donation does while the save still runs
   checkpoints.close()
   like, mesh = _state(after, seed=2)
-  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N)
   restored = checkpoints.restore(like)
   checkpoints.close()
   assert restored.bank.shape[0] == -(-N // after) * after
@@ -51,11 +51,11 @@ def test_a_checkpoint_moves_between_device_counts(tmp_path, before, after):
 
 def test_the_newest_are_kept(tmp_path):
   state, mesh = _state(2, seed=1)
-  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2, N)
   for step in (3, 6, 9):
     checkpoints.save(state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding)))
   checkpoints.close()
-  assert checkpoint.Checkpoints(tmp_path, 2, N, mesh).latest_step() == 9
+  assert checkpoint.Checkpoints(tmp_path, 2, N).latest_step() == 9
   assert sorted(p.name for p in tmp_path.iterdir()) == ['6', '9']
 
 
@@ -75,12 +75,12 @@ _DAMAGES = {
 def _saved(folder, steps):
   """Checkpoints of these steps, and a state like them."""
   state, mesh = _state(2, seed=1)
-  checkpoints = checkpoint.Checkpoints(folder, 5, N, mesh)
+  checkpoints = checkpoint.Checkpoints(folder, 5, N)
   for step in steps:
     checkpoints.save(state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding)),
                      [step / 3])
   checkpoints.close()
-  return checkpoint.Checkpoints(folder, 5, N, mesh), state
+  return checkpoint.Checkpoints(folder, 5, N), state
 
 
 def test_the_losses_since_the_last_line_are_restored(tmp_path):
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_previous_one_used(tmp_path,
       continue  # Orbax's own dates, which nothing reads
     harm(folder / '9' / file)
     state, mesh = _state(2, seed=1)
-    checkpoints = checkpoint.Checkpoints(folder, 5, N, mesh)
+    checkpoints = checkpoint.Checkpoints(folder, 5, N)
     checkpoints.move_damaged_aside()
     message = capsys.readouterr().err
     assert message.startswith('warning: checkpoint 9 is damaged (') and message.count('\n') == 1
@@ -141,7 +141,7 @@ def test_what_a_kill_leaves_of_a_save_is_removed(tmp_path):
   _saved(tmp_path / 'c', (3,))
   (tmp_path / 'c' / '6.orbax-checkpoint-tmp' / 'default').mkdir(parents=True)
   state, mesh = _state(2, seed=1)
-  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 5, N, mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 5, N)
   assert checkpoints.latest_step() == 3
   checkpoints.save(state)
   checkpoints.close()

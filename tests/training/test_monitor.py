@@ -18,12 +18,13 @@ from tests.conftest import small_config
     (lambda state: state.replace(params={'w': state.params['w'] * np.nan}), 'params is'),
     (lambda state: state.replace(normalizer=state.normalizer / 0), 'normalizer is')])
 def test_a_state_that_is_not_finite_is_never_saved(spoil, words):
+  mesh = mesh_lib.make()
   state = state_lib.TrainState(
       step=jnp.int32(9), params={'w': jnp.ones((2, 3))}, batch_stats={}, opt_state=(),
       bank=jnp.ones((8, 4)), normalizer=jnp.float32(1))
-  monitor_lib.check_finite(state, saved=6)
+  monitor_lib.check_finite(state, mesh, saved=6)
   with pytest.raises(errors.RunError, match=f'{words}.* at step 9, .*checkpoint of step 6 is kept'):
-    monitor_lib.check_finite(spoil(state), saved=6)
+    monitor_lib.check_finite(spoil(state), mesh, saved=6)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.training.tiny import IMAGES, PIXELS, B, N
 def _set_up(config, num_devices, per_dispatch=1, step_fn=step_lib.train_step):
   """(state, run_steps, feed) of the tiny run over this many devices."""
   setup = tiny.make_setup(config, num_devices)
-  feed = feeds.Resident(IMAGES, setup.mesh, config.seed, B, per_dispatch)
+  feed = feeds.Resident(IMAGES, setup.mesh, order.Chain(config.seed, B, N), per_dispatch)
   return tiny.fresh_state(setup), step_lib.over_mesh(setup, feed, step_fn), feed
 
 
@@ -117,7 +117,7 @@ def test_bank_rows_move_to_the_features_of_their_own_images():
   config.optimizer.learning_rate = 1e-12
   state, run_steps, feed = _set_up(config, 8)
   before = np.asarray(state.bank)
-  index = order.batch_index(0, 0, B, N)
+  index = order.Chain(0, B, N).batch(0)
   state, _ = run_steps(state, feed.at(0), 1)
   after = np.asarray(state.bank)
   seen = np.isin(np.arange(len(after)), index)
@@ -263,12 +263,12 @@ def test_the_parametric_softmax_is_the_same_on_1_and_8_devices_and_is_restored(t
     chex.assert_trees_all_close(jax.tree.map(lambda x: np.asarray(x)[:N], state8.classifier),
                                 jax.device_get(state.classifier), atol=1e-9)
     assert history['loss'][0] == pytest.approx(np.log(N), abs=0.5 / config.loss.temperature)
-    checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 1, N, mesh_lib.make())
+    checkpoints = checkpoint.Checkpoints(tmp_path / 'c', 1, N)
     checkpoints.save(state8)
     setup = tiny.make_setup(config, 2)
-    like, mesh = tiny.fresh_state(setup), setup.mesh
+    like = tiny.fresh_state(setup)
     checkpoints.close()
-    restored = checkpoint.Checkpoints(tmp_path / 'c', 1, N, mesh).restore(like)
+    restored = checkpoint.Checkpoints(tmp_path / 'c', 1, N).restore(like)
   for name in ('weights', 'momentum'):
     np.testing.assert_array_equal(np.asarray(restored.classifier[name])[:N],
                                   np.asarray(state8.classifier[name])[:N])

@@ -83,7 +83,7 @@ def _state(seed, num_rows, mesh):
 def test_known_images_keep_bank_rows_and_class_weights_and_new_ones_get_fresh_ones(tmp_path):
   old_mesh, mesh = (mesh_lib.make(jax.devices()[:n]) for n in (1, 8))
   old, fresh = _state(1, 6, old_mesh), _state(2, 7, mesh)
-  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', 1, 6, old_mesh)
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', 1, 6)
   checkpoints.save(old)
   checkpoints.close()
   workdir_lib.write(tmp_path, {}, '6 files')
@@ -98,7 +98,8 @@ def test_known_images_keep_bank_rows_and_class_weights_and_new_ones_get_fresh_on
 
   def embed(state, images):
     assert images.names == ['new.png', '5.png']
-    return new_features
+    yield new_features[:1]
+    yield new_features[1:]
 
   state = warm_start.with_rows(fresh, str(tmp_path), dataset, embed, mesh)
   known = rows >= 0
