@@ -92,7 +92,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     with contextlib.closing(feed):
       state = loop.fit(state, setup, feed, plan=plan, checkpoints=checkpoints, monitor=monitor,
                        trace=trace, watch=watch, evaluate=evaluator.from_bank)
-    summary = summary_lib.finish(workdir, setup, dataset, evaluator, (start(), state),
+    untrained = lambda: start().replace(bank=None, classifier=None, opt_state=None)
+    summary = summary_lib.finish(workdir, setup, dataset, evaluator, (untrained, state),
                                  monitor.timer.mean(), wall_clock)
     progress.close()
     summary_lib.show(summary, workdir, progress.console)

@@ -18,7 +18,7 @@ FILE = 'summary.json'
 
 
 def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator: Evaluator,
-           states: tuple[TrainState, TrainState], images_per_second: float | None,
+           states: tuple[Callable[[], TrainState], TrainState], images_per_second: float | None,
            wall_clock: Callable[[], float]) -> dict[str, Any]:
   """Evaluates a trained state and writes summary.json, curves.png and neighbors.png.
 
@@ -27,7 +27,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
     setup: the fixed parts of the run.
     dataset: the run's data.
     evaluator: the run's evaluator.
-    states: (the state that the run started from, the trained one).
+    states: (() -> the encoder that the run started from, the trained state).
     images_per_second: training throughput, or None.
     wall_clock: () -> seconds since the run began.
 
@@ -51,7 +51,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
-      'knn_top1_untrained': (evaluator.recomputed(untrained)[0] if evaluator.has_labels else None),
+      'knn_top1_untrained': evaluator.recomputed(untrained())[0] if evaluator.has_labels else None,
       'knn_top1_pixels': evaluator.pixels(),
       'images_per_second': images_per_second,
       'params_digest': digest.of_arrays(
