@@ -111,8 +111,8 @@ SETTINGS = (
             int),
     Setting('dataset.validation', None, 'images to evaluate on: a split, a folder, or a share such '
             'as 0.1', kind=str),
-    Setting('dataset.order', 'keyed', 'how an epoch is shuffled: keyed, place by place, or '
-            'permutation, an array of N numbers in every process, as in version 0.1',
+    Setting('dataset.order', 'keyed', 'how an epoch is shuffled: keyed (computed place by place) '
+            'or permutation (an array of N numbers in every process, as in version 0.1)',
             _one_of('keyed', 'permutation')),
     Setting('dataset.on_unreadable', 'error', 'what to do with unreadable files in a folder: stop, '
             'or skip them', _one_of('error', 'skip')),
@@ -318,9 +318,10 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
     raise errors.UserError(
         f'{config.dataset.name} has {num_rows} training image' + ('' if num_rows == 1 else 's'),
         'a set of at least 2 images', 'set <dataset.name> to a larger set', 'dataset.name')
-  if num_rows > MOST_ROWS:
+  most = MOST_ROWS // num_devices * num_devices  # padded
+  if num_rows > most:
     raise errors.UserError(
-        f'{config.dataset.name} has {num_rows} training images', f'at most {MOST_ROWS}',
+        f'{config.dataset.name} has {num_rows} training images', f'at most {most}',
         'set <dataset.limit>, or <dataset.name> to a smaller set', 'dataset.name')
   side, smallest = min(view_size), SMALLEST_SIDE.get(config.model.name, 1)
   if side < smallest:
@@ -380,7 +381,7 @@ def from_json(settings: Mapping[str, Any]) -> Config:
 
 
 def resume(config: Config, stored: Mapping[str, Any]) -> Config:
-  """A copy of `config` in which settings that a run lacks keep the meaning that they had.
+  """A copy of `config` that keeps the behavior of a run started with an earlier version.
 
   Args:
     config: a valid `ConfigDict`.
@@ -390,8 +391,9 @@ def resume(config: Config, stored: Mapping[str, Any]) -> Config:
     errors.UserError: one of them is set to something else.
   """
   config = config.copy_and_resolve_references()
-  asked = flatten(config)
-  for key, value in _earlier(stored).items():
+  asked, started = flatten(config), {**_earlier(stored), **stored}
+  for key in _EARLIER.keys() & started.keys():  # once resumed, the run has them in its config.json
+    value = started[key]
     if asked[key] not in (value, _BY_KEY[key].default):
       raise errors.UserError(
           f'{key} is {asked[key]}', f'{value}, as when this run was started', setting=key,

@@ -100,6 +100,8 @@ class Run:
     config_lib.validate_for_data(config, num_rows, size, mesh.size)
     self.setup, self.chip = state_lib.Setup.of(config, num_rows, mesh), chip
     self._size, self._queries = size, queries
+    cropped = config.dataset.path == 'stream' or self._image_shape is None
+    self._embedded = size if cropped else self._image_shape[:2]
     init = state_lib.make_init(self.setup, size)
     self._state = _with_shardings(jax.eval_shape(init), mesh)
     self._feed, self._batches = feeds.like(config, num_rows, self._image_shape, mesh)
@@ -124,12 +126,14 @@ class Run:
     """Compiles one of `NAMES`; nothing if its arguments and results alone do not fit."""
     if name not in self._make:
       return Report(name, memory=dict.fromkeys(
-          ('arguments', 'outputs', 'aliased', 'temporary', 'total'), 0.0)
-          | {'beside': _bytes(self._state)})
+          ('arguments', 'aliased', 'temporary'), 0.0)
+          | dict.fromkeys(('outputs', 'total', 'beside'), _bytes(self._state)))
     start = time.monotonic()
     function, arguments = self._make[name]()
-    held = self._batches[0] if name == 'init' else (self._state, self._batches[0])
+    held = self._state, self._batches[0]
     beside = _bytes(held) - _bytes(arguments, among=held)
+    if name in ('embed', 'knn'):  # at the end of the run, the fresh features of all images
+      beside += _bytes(self._rows(jnp.float32))
     given = _bytes(arguments)
     if given > self.chip.memory:
       return self._refused(name, given, given, beside)
@@ -155,34 +159,34 @@ class Run:
     if worst.needed <= capacity:
       return True, f'fits: the largest program, {worst.program}, needs {needed}'
     return False, (f'does not fit: {worst.program} needs {needed}, '
-                   f'{(worst.needed - capacity) / gib:,.2f} GiB too much: {self._advice(worst)}')
+                   f'{(worst.needed - capacity) / gib:,.2f} GiB too much: {self._advice(reports)}')
 
-  def _advice(self, report):
-    """The setting that would make a program fit."""
+  def _advice(self, reports):
+    """The setting that would make all programs fit, by estimate."""
     capacity, config, devices = self.chip.memory, self.setup.config, self.setup.mesh.size
-    if config.bank.dtype != 'bfloat16':
-      bank = self._state.bank
-      copies = 2 if report.program == 'checkpoint' else 1
-      if report.needed - (1 - 2 / bank.dtype.itemsize) * copies * _bytes(bank) <= capacity:
+    bank, copies = self._state.bank, lambda report: 2 if report.program == 'checkpoint' else 1
+    fit = lambda needed: all(needed(report) <= capacity for report in reports)
+    if config.bank.dtype != 'bfloat16' and self.chip.kind != 'cpu':  # XLA:CPU would widen it
+      saved = (1 - 2 / bank.dtype.itemsize) * _bytes(bank)
+      if fit(lambda report: report.needed - saved * copies(report)):
         return 'set --config.bank.dtype=bfloat16'
-    if report.program == 'step' and report.memory['temporary'] > 0:
-      for parts in (2, 4, 8, 16):
-        if (config.batch_size % (devices * config.accumulate_steps * parts) == 0 and
-            report.needed - report.memory['temporary'] * (1 - 1 / parts) <= capacity):
-          return f'set --config.accumulate_steps={config.accumulate_steps * parts}'
-    rest = _bytes(self._state.replace(bank=(), classifier=()))  # which every device holds
-    if rest < capacity:
-      more = devices
-      while rest + (report.needed - rest) * devices / more > capacity:
-        more *= 2
-      return f'set --topology to one of at least {more} devices'
+    for parts in (2, 4, 8, 16):
+      spared = lambda report: (report.memory.get('temporary', 0) * (1 - 1 / parts)
+                               if report.program == 'step' else 0)
+      if config.batch_size % (devices * config.accumulate_steps * parts) == 0 and fit(
+          lambda report: report.needed - spared(report)):
+        return f'set --config.accumulate_steps={config.accumulate_steps * parts}'
+    everywhere = _bytes(self._state.replace(bank=(), classifier=()))
+    everywhere += 0 if config.dataset.path == 'stream' else _bytes(self._batches[0])
+    for more in (devices * 2**i for i in range(1, 16)):
+      kept = lambda report: min(everywhere * copies(report), report.needed)
+      if fit(lambda report: kept(report) + (report.needed - kept(report)) * devices / more):
+        return f'choose a --topology with at least {more} devices'
     return 'set --config.model.name or --config.model.width to a smaller encoder'
 
   def _embed(self):
     config, mesh = self.setup.config, self.setup.mesh
-    cropped = config.dataset.path == 'stream'
-    height, width = self._size if cropped or self._image_shape is None else self._image_shape[:2]
-    images = jax.ShapeDtypeStruct((self._per_device() * mesh.size, height, width, 3), jnp.uint8,
+    images = jax.ShapeDtypeStruct((self._per_device() * mesh.size, *self._embedded, 3), jnp.uint8,
                                   sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
     variables = {'params': self._state.params, 'batch_stats': self._state.batch_stats}
     return embedding.encode(config, self.setup.encoder, mesh, self._size,
@@ -190,7 +194,7 @@ class Run:
 
   def _per_device(self):
     """Images per device in a chunk of the embedding."""
-    return embedding.per_device(self._size, self._state.bank.shape[0] // self.setup.mesh.size)
+    return embedding.per_device(self._embedded, self._state.bank.shape[0] // self.setup.mesh.size)
 
   def _knn(self):
     config, mesh, num_rows = self.setup.config, self.setup.mesh, self.setup.num_rows
@@ -223,7 +227,7 @@ def show(run: Run, reports: list[Report]) -> None:
       title=f'{config.model.name}, {config.loss.name}, N = {run.setup.num_rows:,}, '
             f'B = {config.batch_size:,}, {run.setup.mesh.size} devices; per device, in MB and ms')
   for name in ('program', 'compiled in', 'GFLOP', 'moved', 'arguments', 'outputs', 'temporary',
-               f'needed of {capacity / 1e6:,.0f}', 'roofline', 'bound by', 'collectives'):
+               f'needed (of {capacity / 1e6:,.0f})', 'roofline', 'bound by', 'collectives'):
     table.add_column(name, no_wrap=True,
                      justify='left' if name in ('program', 'collectives') else 'right')
   for report in reports:

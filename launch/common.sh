@@ -65,14 +65,16 @@ need_bucket() {  # HOST: what the run loses if the workdir is not in a bucket
 }
 
 check_fit() {  # TOPOLOGY: with --check, refuses a run whose compiled programs do not fit its devices
-  local word words=()
+  local word words=() next=''
   [[ -n $check ]] || return 0
   need_arguments main
   for word in "${arguments[@]}"; do
-    [[ $word != --config* ]] || words+=("$word")
+    [[ -z $next && $word != --config* ]] || words+=("$word")
+    next=''
+    [[ $word != --config ]] || next=1
   done
   show_or_run "${PYTHON:-python3}" -m instdisc_jax.compile "--topology=$1" "${words[@]}" ||
-    fail "the run cannot be checked, or does not fit ${1#*:} ${1%%:*}: see above; nothing was made"
+    fail "the run cannot be checked, or does not fit $1: see above; nothing was created or started"
 }
 
 need_tool() {  # TOOL REMEDY

@@ -90,7 +90,7 @@ create_now() {
 
 topology() {  # prints the topology of --type, as instdisc_jax.compile names it
   local chips=${type##*-}
-  number --type "$chips" 1
+  [[ $chips =~ ^[1-9][0-9]*$ ]] || fail "--type is '$type', must end in a number of chips: set --type"
   case $type in
     v5litepod-*) shape v5e "$chips" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 ;;
     v6e-*) shape v6e "$chips" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16 ;;

@@ -176,6 +176,8 @@ def test_settings_that_an_earlier_version_lacked_keep_what_they_amounted_to():
   assert (resumed.dataset.order, resumed.model.reduce_dtype) == ('permutation', 'bfloat16')
   assert (config_lib.from_json(old).dataset.order, config_lib.from_json(new).dataset.order) == (
       'permutation', 'keyed')
+  again = config_lib.resume(config, config_lib.to_json(resumed))  # as the first resume stored them
+  assert (again.dataset.order, again.model.reduce_dtype) == ('permutation', 'bfloat16')
   config.model.reduce_dtype = 'float32'
   with pytest.raises(errors.UserError, match='model.reduce_dtype is float32, must be bfloat16, as '
                                              'when this run was started: set --config.model.red'):

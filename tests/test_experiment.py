@@ -188,8 +188,10 @@ def test_a_run_of_version_0_1_keeps_its_order_of_images(tmp_path):
   experiment.run(config, tmp_path / 'resumed', device)
   _as_version_0_1_left_it(tmp_path / 'resumed')
   config = small_config()  # whose order is that of new runs
-  config.steps, config.knn.every_epochs = 6, 0
-  resumed = experiment.run(config, tmp_path / 'resumed', device)
+  config.knn.every_epochs = 0
+  for steps in (4, 6):
+    config.steps = steps
+    resumed = experiment.run(config, tmp_path / 'resumed', device)
   assert workdir_lib.read(tmp_path / 'resumed')[0]['dataset.order'] == 'permutation'
   assert resumed['bank_digest'] == whole['bank_digest']
 

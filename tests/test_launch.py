@@ -301,7 +301,7 @@ def test_a_run_is_compiled_before_anything_is_made(cloud, tmp_path, script, opti
       ['python', '-m', 'instdisc_jax.compile', f'--topology={topology}',
        '--config=configs/imagenet.py:resnet18', '--config.seed=3']]
   if ended:
-    assert code == 2 and 'does not fit' in error and 'nothing was made' in error
+    assert code == 2 and 'does not fit' in error and 'nothing was created or started' in error
     assert all(call[0] == 'python' or 'get' in call for call in calls)
   else:
     assert code == 0 and len(calls) > 1
@@ -311,7 +311,7 @@ def test_a_run_is_compiled_before_anything_is_made(cloud, tmp_path, script, opti
     ('tpu_vm.sh', ['create', *TPU, '--type=v4-32'], '--check knows v5litepod, v6e and v5p, not '
      '--type=v4-32: leave out --check'),
     ('tpu_vm.sh', ['create', *TPU, '--type=v6e-7'], '--check knows no slice like --type=v6e-7'),
-    ('tpu_vm.sh', ['create', *TPU, '--type=v6e-x'], "--type is 'x', must be an integer"),
+    ('tpu_vm.sh', ['create', *TPU, '--type=v6e-x'], "--type is 'v6e-x', must end in a number"),
     ('tpu_vm.sh', ['run', *TPU], 'no TPU type: set --type=TYPE'),
     ('gke.sh', ['run', '--name=r18', '--image=a', '--gpu=nvidia-l4'], '--check knows '
      'tpu-v5-lite-podslice'),

@@ -57,7 +57,7 @@ def keyed(place: Int[np.ndarray, ' n'], num_rows: int, seed: int,
           epoch: int) -> Int[np.ndarray, ' n']:
   """The values at some places of a pseudorandom permutation of 0..N-1.
 
-  A Feistel network over pairs (left, right) that number at least N values, with SplitMix64 as its
+  A Feistel network over pairs (left, right), of which there are at least N, with SplitMix64 as its
   round function (Black and Rogaway, CT-RSA 2002; Steele et al., OOPSLA 2014). A value of N or more
   is permuted again, until it is below N.
 

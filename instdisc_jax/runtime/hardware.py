@@ -25,7 +25,7 @@ class Chip:
     kind: the prefix of its `device_kind` in JAX.
     flops: peak FLOP/s in dense bfloat16, or None if unknown.
     bandwidth: bytes/s of its memory, or None if unknown.
-    memory: bytes that programs can use, as its compiler states them; infinite if unknown.
+    memory: bytes that programs can use; infinite if unknown.
     float32_products: bfloat16 products that a float32 product costs, by precision.
   """
   kind: str
@@ -44,13 +44,13 @@ CHIPS = {
     'v5e': Chip('TPU v5 lite', 197e12, 819e9, 15.75 * 2**30, _PASSES),
     'v5p': Chip('TPU v5', 459e12, 2765e9, 95.74 * 2**30, _PASSES),
     'v6e': Chip('TPU v6 lite', 918e12, 1640e9, 31.25 * 2**30, _PASSES),
-    # TF32 at 495 TFLOP/s, float32 at 67
-    'h100': Chip('NVIDIA H100', 989e12, 3352e9, 84929347584,
-                 (('default', 2.0), ('high', 2.0), ('highest', 989 / 67))),
+    # JAX takes 75% of a GPU's memory unless told otherwise. TF32 at 495 TFLOP/s, float32 at 67.
+    'h100': Chip('NVIDIA H100', 989e12, 3352e9, 0.75 * 84929347584,
+                 (('default', 2.0), ('high', 2.0), ('highest', 989 / 67), ('float64', 989 / 67))),
     'cpu': Chip('cpu', None),
 }
 _OTHERS = Chip('TPU v4', 275e12), Chip('NVIDIA A100', 312e12), Chip('NVIDIA H200', 989e12)
-KNOWN = 'v5e:2x4, v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8 or cpu:8, in any size'
+KNOWN = 'KIND:SHAPE, e.g. v5e:2x4, v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8 or cpu:8'
 
 # What XLA needs to know of the card; autotuning, which would need one, is off.
 _H100 = """
@@ -118,12 +118,12 @@ def _describe(wanted, how):
   try:
     return topologies.get_topology_desc(**how)
   except Exception as e:
-    raise _unknown(wanted, errors.one_line(e)) from e
+    raise errors.UserError(f"--topology is '{wanted}', for which no devices can be described "
+                           f'({errors.one_line(e)[:200]})', setting='--topology') from e
 
 
-def _unknown(topology, reason=None):
-  return errors.UserError(f"--topology is '{topology}'" + (f' ({reason[:120]})' if reason else ''),
-                          KNOWN, 'set <--topology>=v5e:16x16', '--topology')
+def _unknown(topology):
+  return errors.UserError(f"--topology is '{topology}'", KNOWN, setting='--topology')
 
 
 def _need(module, extra):

@@ -75,8 +75,8 @@ class Costs:
   """The costs of a program, per device and call.
 
   Attributes:
-    flops: by the precision of the products: 'bfloat16' (or another narrow type), and 'default',
-      'high' or 'highest' for those of float32.
+    flops: by the precision of the products: 'bfloat16' (or another narrow type), 'float64', and
+      'default', 'high' or 'highest' for those of float32.
     bytes: read from and written to the device's memory.
     collectives: one for each kind that occurs.
   """
@@ -179,7 +179,8 @@ def _trips(computations, scope, loop) -> int:
   compare = next(inner for inner in condition.values() if inner.is_root)
   if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
     return 1
-  carried = scope[loop.operands[0]].operands
+  start = scope.get(loop.operands[0])
+  carried = start.operands if start is not None and start.opcode == 'tuple' else ()
 
   def initially(name):
     """The integer that a value of the condition is before the first iteration, or None."""
@@ -189,7 +190,9 @@ def _trips(computations, scope, loop) -> int:
       value, where = scope.get(carried[position]) if position < len(carried) else None, scope
     while value is not None and value.opcode in ('copy', 'bitcast') and value.operands:
       value = where.get(value.operands[0])
-    return int(value.text) if value is not None and re.fullmatch(r'-?\d+', value.text) else None
+    if value is None or value.opcode != 'constant' or not re.fullmatch(r'-?\d+', value.text):
+      return None
+    return int(value.text)
 
   first, end = map(initially, compare.operands)
   return max(1, end - (first or 0)) if end is not None else 1
@@ -220,7 +223,7 @@ def _precision(scope, product):
   dtype = next((scope[name].result[0].dtype for name in product.operands
                 if name in scope and scope[name].result), 'f32')
   if dtype != 'f32':
-    return 'bfloat16'
+    return 'float64' if dtype == 'f64' else 'bfloat16'
   found = re.search(r'operand_precision=\{(\w+)', product.attributes, re.IGNORECASE) or re.search(
       r'"operand_precision":\["(\w+)"', product.attributes)
   return found[1].lower() if found else 'default'
@@ -245,6 +248,8 @@ def _convolution_flops(product, shapes):
     gradient = math.prod(n for label, n in zip(output, shapes[1]) if label != 'f')
     return 2.0 * gradient * math.prod(results[0])
   taps = math.prod(n for label, n in zip(kernel, shapes[1]) if label != 'o')
+  if 'BackwardInput' in product.attributes:  # the first operand is the gradient of the output
+    return 2.0 * math.prod(shapes[0]) * taps
   # A dilated input is mostly zeros, which cost nothing if the compiler splits the convolution.
   dilation = re.search(r'lhs_dilate=([\dx]+)', product.attributes)
   zeros = math.prod(int(n) for n in dilation[1].split('x')) if dilation else 1
@@ -255,7 +260,9 @@ def _moved(computations, scope, instruction):
   """Bytes that a kernel reads from memory and writes to it."""
   opcode = instruction.opcode
   if opcode in ('copy-start', 'slice-start', 'dynamic-slice-start'):  # between memory spaces
-    source, target = instruction.result[1::-1] if opcode == 'copy-start' else instruction.result[:2]
+    # (target, source, context), or ((source, positions...), target, context)
+    source, target = (instruction.result[1::-1] if opcode == 'copy-start' else
+                      (instruction.result[0], instruction.result[len(instruction.operands)]))
     moved = min(source.bytes, target.bytes)
     return moved * ((source.in_memory > 0) + (target.in_memory > 0))
   reads = 0.0
@@ -311,8 +318,17 @@ def _written(computations, instruction, scope):
       update = where.get(part.operands[1 if part.opcode == 'dynamic-update-slice' else -1])
       total += 0.0 if update is None else sum(array.bytes for array in update.result)
     else:
-      total += sum(array.in_memory for array in results)
+      total += sum(array.in_memory for array in _new(instruction, results, scope))
   return total
+
+
+def _new(instruction, results, scope):
+  """Those of the results that a kernel writes: not its operands, nor the scratch of a library."""
+  if '__cu' in instruction.attributes and instruction.opcode == 'custom-call':
+    return results[:1]
+  if instruction.opcode in ('all-gather-start', 'collective-permute-start'):
+    return results[sum(len(scope[name].result) for name in instruction.operands if name in scope):]
+  return results
 
 
 def _carried(computations, scope, instruction):

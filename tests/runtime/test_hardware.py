@@ -23,8 +23,8 @@ def test_an_unknown_topology_lists_the_known(topology):
   with pytest.raises(errors.UserError) as raised:
     hardware.absent(topology)
   assert str(raised.value) == (
-      f"--topology is '{topology}', must be v5e:2x4, v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8 or "
-      'cpu:8, in any size: set --topology=v5e:16x16')
+      f"--topology is '{topology}', must be KIND:SHAPE, e.g. v5e:2x4, v5e:16x16, v5p:4x4x4, "
+      'v6e:8x8, h100:8 or cpu:8: set --topology')
 
 
 @pytest.mark.parametrize('topology, package, extra', [

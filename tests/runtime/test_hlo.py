@@ -141,5 +141,5 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 
 def test_a_loop_whose_length_is_not_stated_is_counted_by_its_condition():
   assert hlo.costs(LOOP).flops == {'default': 5 * 2 * 8**3}
-  unknown = LOOP.replace('constant(6)', 'parameter(1)')
+  unknown = LOOP.replace('constant(6)', 'parameter(6)')
   assert hlo.costs(unknown).flops == {'default': 2 * 8**3}
