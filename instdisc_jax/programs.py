@@ -100,8 +100,8 @@ class Run:
     config_lib.validate_for_data(config, num_rows, size, mesh.size)
     self.setup, self.chip = state_lib.Setup.of(config, num_rows, mesh), chip
     self._size, self._queries = size, queries
-    cropped = config.dataset.path == 'stream' or self._image_shape is None
-    self._embedded = size if cropped else self._image_shape[:2]
+    whole = None if config.dataset.path == 'stream' else self._image_shape
+    self._embedded = size if whole is None else whole[:2]
     init = state_lib.make_init(self.setup, size)
     self._state = _with_shardings(jax.eval_shape(init), mesh)
     self._feed, self._batches = feeds.like(config, num_rows, self._image_shape, mesh)
@@ -125,9 +125,9 @@ class Run:
   def compile(self, name: str) -> Report:
     """Compiles one of `NAMES`; nothing if its arguments and results alone do not fit."""
     if name not in self._make:
-      return Report(name, memory=dict.fromkeys(
-          ('arguments', 'aliased', 'temporary'), 0.0)
-          | dict.fromkeys(('outputs', 'total', 'beside'), _bytes(self._state)))
+      state = _bytes(self._state)
+      return Report(name, memory={'arguments': 0.0, 'outputs': state, 'aliased': 0.0,
+                                  'temporary': 0.0, 'total': state, 'beside': state})
     start = time.monotonic()
     function, arguments = self._make[name]()
     held = self._state, self._batches[0]

@@ -55,7 +55,7 @@ def shard_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def local_slots(mesh: Mesh, total: int) -> np.ndarray:
   """The places, out of `total` along a sharded axis, on this process's devices, in order."""
-  parts = NamedSharding(mesh, P(AXIS)).addressable_devices_indices_map((total,))
+  parts: Any = NamedSharding(mesh, P(AXIS)).addressable_devices_indices_map((total,))
   return np.unique(np.concatenate([np.arange(*part.indices(total)) for part, in parts.values()]))
 
 
