@@ -123,6 +123,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
   assert error.startswith(f'error: {message}') and error.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_a_verdict(tmp_path):
   done = subprocess.run(
       [sys.executable, '-m', 'instdisc_jax.compile', '--config=configs/digits.py',

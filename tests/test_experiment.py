@@ -180,6 +180,7 @@ def _as_version_0_1_left_it(workdir):
     file.write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_keeps_its_order_of_images(tmp_path):
   config, device = small_config(), jax.devices()[:1]
   config.dataset.order, config.steps, config.knn.every_epochs = 'permutation', 6, 0
