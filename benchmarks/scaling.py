@@ -50,7 +50,7 @@ devices, and the step with ResNet-50 for few rows ({encoders}).
 
 * **memory**: what the compiler reserves on a device: arguments, results and temporary values;
 * **compiled**: the roofline of the program, the larger of its FLOPs over the device's peak and its
-  bytes over the memory's bandwidth, from the data sheets, part by part; communication is not in it;
+  bytes over the memory's bandwidth, from the data sheets; communication is not in it;
 * **modeled**: the softmax as the larger of 4·B·D·N/devices FLOP over peak, and two passes over its
   rows, 4·D·N/devices bytes, over bandwidth;
 * **sent**: bytes that the collectives of the loss carry per device; gradients come on top
