@@ -111,11 +111,8 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   if config.dataset.path == 'auto':
     config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
         config, num_rows, dataset.train.shape, mesh_lib.memory(mesh))
-  view_size = views.size(config, dataset.train.shape)
-  if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
-    config.augment.size = view_size[0]
-  config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
-  return Setup.of(config, num_rows, mesh), dataset.kept(config.dataset.path)
+  setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
+  return setup, dataset.kept(setup.config.dataset.path)
 
 
 def _check_end(workdir, saved, end):

@@ -92,13 +92,10 @@ class Run:
     num_rows, self._image_shape = data.describe(config.dataset, config.seed)
     config, mesh = config_lib.fill(config, num_rows), mesh_lib.make(devices)
     if config.dataset.path == 'auto':
-      config.dataset.path = feeds.choose_path(config, num_rows, self._image_shape,
-                                              chip.memory)
+      config.dataset.path = feeds.choose_path(config, num_rows, self._image_shape, chip.memory)
+    self.setup = state_lib.Setup.for_data(config, num_rows, self._image_shape, mesh)
+    self.chip = chip
     size = views.size(config, self._image_shape)
-    if config.dataset.path == 'stream' and size[0] == size[1]:
-      config.augment.size = size[0]
-    config_lib.validate_for_data(config, num_rows, size, mesh.size)
-    self.setup, self.chip = state_lib.Setup.of(config, num_rows, mesh), chip
     self._size, self._queries = size, queries
     whole = None if config.dataset.path == 'stream' else self._image_shape
     self._embedded = size if whole is None else whole[:2]

@@ -15,6 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def absent(topology: str) -> tuple[list[Any], Chip]:
   jax.config.update('jax_platforms', 'cpu')
   if name == 'cpu':
     jax.config.update('jax_num_cpu_devices', sizes[0])
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / sizes[0]
+    memory = mesh_lib.memory(mesh_lib.make())
     return jax.devices(), dataclasses.replace(CHIPS['cpu'], memory=memory)
   if name == 'h100':
     _need('jax_cuda12_plugin', 'cuda12')

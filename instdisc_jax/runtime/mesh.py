@@ -37,7 +37,7 @@ def padded(num_rows: int, num_devices: int) -> int:
 def pad_rows(rows: Any, num_devices: int) -> Any:
   """[N, D] -> [N', D] with N' the next multiple of the device count; NumPy or JAX."""
   xp = np if isinstance(rows, np.ndarray) else jnp
-  return xp.pad(rows, ((0, -rows.shape[0] % num_devices), (0, 0)))
+  return xp.pad(rows, ((0, padded(len(rows), num_devices) - len(rows)), (0, 0)))
 
 
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:

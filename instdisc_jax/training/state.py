@@ -19,6 +19,7 @@ import optax
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
 from instdisc_jax import models, threefry
+from instdisc_jax.data import views
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import optimizer as optimizer_lib
 
@@ -71,6 +72,27 @@ class Setup:
   def of(cls, config: config_lib.Config, num_rows: int, mesh: jax.sharding.Mesh) -> 'Setup':
     """A setup with the encoder and the optimizer that the configuration names."""
     return cls(config, create_encoder(config), optimizer_lib.make(config, num_rows), num_rows, mesh)
+
+  @classmethod
+  def for_data(cls, config: config_lib.Config, num_rows: int,
+               image_shape: tuple[int, ...] | None, mesh: jax.sharding.Mesh) -> 'Setup':
+    """A setup whose settings fit the data and the mesh.
+
+    Args:
+      config: the run's configuration, filled, with its `dataset.path`; a stream's `augment.size` is
+        set in it.
+      num_rows: N.
+      image_shape: (H, W, 3) of all images, or None if they differ.
+      mesh: the device mesh.
+
+    Raises:
+      errors.UserError: a setting does not fit the data or the mesh.
+    """
+    view_size = views.size(config, image_shape)
+    if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
+      config.augment.size = view_size[0]
+    config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
+    return cls.of(config, num_rows, mesh)
 
   @property
   def reduce_dtype(self) -> Any:
