@@ -88,7 +88,7 @@ def augment(key: Key[Array, ' B'], images: UInt8[Array, 'B H W 3'], how: Augment
   drop_color = lambda x: jnp.where(draws[:, 10, None, None, None] < how.grayscale, _gray(x), x)
   if how.grayscale_first:
     x = drop_color(x)
-  x = color_jitter(x, amounts, order=jnp.argsort(draws[:, 6:10], axis=1))
+  x = color_jitter(x, amounts, rank(draws[:, 6:10]))
   if not how.grayscale_first:
     x = drop_color(x)
   x = jnp.where(draws[:, 11, None, None, None] < how.flip, x[:, :, ::-1], x)
@@ -101,37 +101,53 @@ def standardize(x: Float[Array, '... 3'], mean: tuple[float, ...],
   return (x - jnp.array(mean, x.dtype)) / jnp.array(std, x.dtype)
 
 
+def rank(draws: Float[Array, 'B n']) -> Int[Array, 'B n']:
+  """The place of each number in the ascending order of its row, without a sort."""
+  number = jnp.arange(draws.shape[1])
+  ours, other = draws[:, :, None], draws[:, None, :]
+  return ((other < ours) | ((other == ours) & (number < number[:, None]))).sum(axis=2)
+
+
 def color_jitter(x: Float[Array, 'B h w 3'], amounts: Float[Array, 'B 4'],
-                 order: Int[Array, 'B 4']) -> Float[Array, 'B h w 3']:
+                 place: Int[Array, 'B 4']) -> Float[Array, 'B h w 3']:
   """Brightness, contrast, saturation and hue, each once, in each image's own order.
 
   Args:
     x: [B, H, W, 3] in [0, 1].
     amounts: [B, 4]: factors of brightness, contrast, saturation; hue shift in turns.
-    order: [B, 4] a permutation of 0..3 for each image: the operation applied first, second, ...
+    place: [B, 4] a permutation of 0..3 for each image: when each of them is applied.
 
   Returns:
     [B, H, W, 3] in [0, 1].
   """
-  # Hue is expensive: it is applied once, between the operations before it and those after it.
-  hue_place = jnp.argmax(order == 3, axis=1)
-  for place in (0, 1, 2):
-    x = _blend(x, order[:, place], amounts, active=place < hue_place)
+  # Every image goes through all of this, with factors of 1 for what is not its turn. Hue, the most
+  # work, is applied once, and a mean over the image, which costs a pass over memory, taken twice.
+  x = _blend(x, amounts, place, active=place < place[:, 3:])
   x = shift_hue(x, amounts[:, 3])
-  for place in (1, 2, 3):
-    x = _blend(x, order[:, place], amounts, active=place > hue_place)
-  return x
+  return _blend(x, amounts, place, active=place > place[:, 3:])
 
 
-def _blend(x, operation, amounts, active):
-  """One of brightness (0), contrast (1), saturation (2): a blend with black, mean gray or gray."""
-  factor = jnp.take_along_axis(amounts, operation[:, None], axis=1)[:, 0]
+def _blend(x, amounts, place, active):
+  """The active ones of brightness, contrast and saturation: mixed with black, mean gray, gray."""
+  early = active & ((place < place[:, 1:2]) | ~active[:, 1:2])
+  x = _blend_pixels(x, amounts, place, early)
+  mean_gray = jnp.round(_gray(x).mean((1, 2, 3)) * 255) / 255  # PIL's mean is an integer
+  x = _mix(x, mean_gray[:, None, None, None], amounts[:, 1], active[:, 1])
+  return _blend_pixels(x, amounts, place, active & ~early)
+
+
+def _blend_pixels(x, amounts, place, active):
+  """Brightness and saturation, those that are active, in their order."""
+  saturation_first = place[:, 2] < place[:, 0]
+  x = _mix(x, 0, amounts[:, 0], active[:, 0] & ~saturation_first)
+  x = _mix(x, _gray(x), amounts[:, 2], active[:, 2])
+  return _mix(x, 0, amounts[:, 0], active[:, 0] & saturation_first)
+
+
+def _mix(x, other, factor, active):
+  """factor * x + (1 - factor) * other, clipped to [0, 1], where active [B]; else x itself."""
   factor = jnp.where(active, factor, 1)[:, None, None, None]
-  gray = _gray(x)
-  mean_gray = jnp.round(gray.mean((1, 2, 3), keepdims=True) * 255) / 255  # PIL's mean is an integer
-  operation = operation[:, None, None, None]
-  other = jnp.where(operation == 0, 0, jnp.where(operation == 1, mean_gray, gray))
-  return jnp.clip(other + factor * (x - other), 0, 1)
+  return jnp.clip(factor * x + (1 - factor) * other, 0, 1)
 
 
 def _gray(x):
@@ -153,8 +169,10 @@ def shift_hue(x: Float[Array, 'B h w 3'], turns: Float[Array, ' B']) -> Float[Ar
   value = x.max(axis=-1)
   chroma = value - x.min(axis=-1)
   safe = jnp.where(chroma > 0, chroma, 1)
-  sextant = jnp.where(value == r, (g - b) / safe,
-                      jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+  # Which channel is largest is no question of equality: compilers compute a value more than once,
+  # rounded differently. At a tie the cases agree.
+  sextant = jnp.where((r >= g) & (r >= b), (g - b) / safe,
+                      jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe))
   sextant = sextant + 6 * turns[:, None, None]
   channel = lambda n: value - chroma * jnp.clip(jnp.minimum(k := (n + sextant) % 6, 4 - k), 0, 1)
   return jnp.stack([channel(5), channel(3), channel(1)], axis=-1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
+from instdisc_jax.models.pool import max_pool
 
 # (index in `features`, channels at width 64, kernel, stride, padding, followed by max pooling)
 _CONVS = ((0, 96, 11, 4, 2, True), (4, 256, 5, 1, 2, True), (8, 384, 3, 1, 1, False),
@@ -30,7 +31,7 @@ class AlexNet(layers.Encoder):
       x = nn.relu(norm(f'features_{i + 1}')(x))
       layers.show(self, f'conv{stage + 1}', x)
       if pool:
-        x = layers.max_pool(x, 3, 2)
+        x = max_pool(x, 3, 2)
     x = layers.average_to(x, POOLED)
     x = x.reshape(x.shape[0], -1)
     for i in (0, 3):

@@ -110,13 +110,6 @@ def show(module: nn.Module, name: str, x: Any) -> None:
     module.sow('stages', f'{name}_output', x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-def max_pool(x: Float[Array, 'B H W C'], size: int, stride: int,
-             padding: int = 0) -> Float[Array, 'B h w C']:
-  """Max pooling, [B, H, W, C]."""
-  pads: Any = ((padding, padding),) * 2
-  return nn.max_pool(x, (size, size), (stride, stride), padding=pads)
-
-
 def average_to(x: Float[Array, 'B H W C'], size: int) -> Float[Array, 'B size size C']:
   """[B, H, W, C] -> [B, size, size, C], by averaging over `size` even parts of each image axis.
 

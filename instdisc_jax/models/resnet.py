@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
+from instdisc_jax.models.pool import max_pool
 
 
 class BasicBlock(nn.Module):
@@ -77,7 +78,7 @@ class ResNet(layers.Encoder):
     x = nn.relu(norm(name='bn1')(x))
     layers.show(self, 'conv1', x)
     if not self.cifar:
-      x = layers.max_pool(x, 3, 2, padding=1)
+      x = max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
       for i in range(size):
         stride = 2 if stage > 0 and i == 0 else 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from instdisc_jax.models import layers
 from instdisc_jax.models.conv import Conv
+from instdisc_jax.models.pool import max_pool
 
 _STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels in units of the width
 POOLED = 7  # side of the feature map before the linear layers
@@ -36,7 +37,7 @@ class VGG(layers.Encoder):
         x = nn.relu(x)
         i += 2
       layers.show(self, f'conv{stage + 1}', x)
-      x = layers.max_pool(x, 2, 2)
+      x = max_pool(x, 2, 2)
       i += 1
     x = layers.average_to(x, POOLED)
     x = x.reshape(x.shape[0], -1)
