@@ -88,8 +88,8 @@ def main():
     noise = jax.random.randint(jax.random.key(1), (args.batch, config.loss.noise_count), 0,
                                args.rows)
   update = lambda state, images, index: step_lib.update(
-      state, (images, index, noise), encode=encode, optimizer=setup.optimizer, loss=config.loss,
-      bank_momentum=0.5, num_rows=args.rows, axis_name=mesh_lib.AXIS)
+      state, (images, index, noise), config=config, encode=encode, optimizer=setup.optimizer,
+      num_rows=args.rows, axis_name=mesh_lib.AXIS, kernel=setup.kernel.name)
   sharded = P(mesh_lib.AXIS)
   bare = jax.jit(jax.shard_map(
       update, mesh=setup.mesh, in_specs=(state_lib.SPECS, sharded, sharded),

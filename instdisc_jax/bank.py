@@ -20,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from instdisc_jax.linalg import normalize
 
-__all__ = ['count_local_rows', 'gather', 'init', 'locate', 'noise', 'normalize', 'shared_noise',
-           'update']
+__all__ = ['LARGEST_NORM', 'count_local_rows', 'count_padding', 'gather', 'init', 'locate', 'noise',
+           'normalize', 'shared_noise', 'update']
+
+LARGEST_NORM = 3**0.5  # of a row: D entries of the uniform start at their bound; 1 once updated
 
 
 def init(key: Key[Array, ''], num_rows: int, dim: int, *, unit: bool = False,
@@ -147,3 +149,10 @@ def count_local_rows(bank: Float[Array, 'n D'], axis_name: str | None,
     return n if num_rows is None else num_rows
   assert num_rows is not None, 'a padded bank needs num_rows'
   return jnp.clip(num_rows - lax.axis_index(axis_name) * n, 0, n)
+
+
+def count_padding(bank: Float[Array, 'n D'], axis_name: str | None, num_rows: int | None) -> int:
+  """Number of rows of all devices that are padding."""
+  if num_rows is None:
+    return 0
+  return bank.shape[0] * (1 if axis_name is None else lax.axis_size(axis_name)) - num_rows

@@ -7,7 +7,7 @@ import sys
 from rich import console as rich_console
 
 from instdisc_jax import cli, programs
-from instdisc_jax.runtime import errors, files, hardware
+from instdisc_jax.runtime import compilation, errors, files, hardware
 
 
 def main(argv=None) -> int:
@@ -35,6 +35,8 @@ def main(argv=None) -> int:
     if output is not None:
       errors.check_output(output, ('.json',))
     config = cli.read_config(args.config, overrides)
+    if config.get('deterministic') is True:
+      compilation.make_gpus_deterministic()
     run = programs.Run(config, *hardware.absent(args.topology), args.queries)
     reports, progress = [], rich_console.Console(stderr=True)
     for name in chosen:

@@ -144,11 +144,14 @@ SETTINGS = (
             'exponential moving average, or a number', _NORMALIZER),
     Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
     Setting('loss.proximal_weight', 0.0, 'weight λ of the proximal term', _NON_NEGATIVE),
-    Setting('loss.block_rows', None, 'rows of the bank scored at once; None: as many as fit into '
-            '128 MiB of scores', _at_least(1), int),
+    Setting('loss.kernel', 'auto', 'how softmax passes over the bank: xla (anywhere), cudnn '
+            '(NVIDIA, 16 bits), pallas (TPU), or auto', _one_of('auto', 'xla', 'cudnn', 'pallas'),
+            changeable=True),
+    Setting('loss.block_rows', None, 'rows of the bank that xla scores at once; None: what is '
+            'fastest on the platform', _at_least(1), int),
 
     Setting('bank.momentum', 0.5, 'momentum m of the moving average of each row', _within(0, 1)),
-    Setting('bank.dtype', 'float32', 'dtype of the rows', _one_of(*_DTYPES)),
+    Setting('bank.dtype', 'float32', 'dtype of the rows', _one_of('float16', *_DTYPES)),
     Setting('bank.init', 'uniform', 'initial rows: as published, or random unit vectors',
             _one_of('uniform', 'unit')),
 
@@ -202,6 +205,7 @@ _BY_KEY = {setting.key: setting for setting in SETTINGS}
 _EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     'dataset.order': lambda settings: 'permutation',
     'model.reduce_dtype': lambda settings: settings['model.dtype'],
+    'loss.kernel': lambda settings: 'xla',
 }
 
 # Augment settings for photographs, in the published ImageNet order.
@@ -395,6 +399,8 @@ def resume(config: Config, stored: Mapping[str, Any]) -> Config:
   for key in _EARLIER.keys() & started.keys():  # once resumed, the run has them in its config.json
     value = started[key]
     if asked[key] not in (value, _BY_KEY[key].default):
+      if _BY_KEY[key].changeable:
+        continue
       raise errors.UserError(
           f'{key} is {asked[key]}', f'{value}, as when this run was started', setting=key,
           remedy=f'set <{key}>={value}, or another <--workdir>')

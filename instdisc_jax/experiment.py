@@ -74,6 +74,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       summary_lib.show(summary, workdir, progress.console)
       return summary
 
+    for line in setup.remarks():
+      progress.print(line)
     evaluator = Evaluator(setup, dataset, watch)
     init = make_init(setup, views.size(config, dataset.train.shape))
     start = lambda: warm_start.with_weights(init(), weights)

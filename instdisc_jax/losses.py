@@ -12,12 +12,16 @@ that owns the query. Each step exchanges about 2 B (D + 2) values per device, wh
 `noise_index` is then that of the *global* batch, identical on every device (`bank.noise`). It is
 [B, M], or [M] if all images share one draw.
 
-Scores and sums are float32 (float64 for float64 features) whatever the bank's dtype. (A bfloat16
-bank saves memory on GPU and TPU; XLA:CPU, which has no bfloat16 arithmetic, widens the full bank.)
+Sums are float32 (float64 for float64 features) whatever the bank's dtype. With 16-bit rows the
+queries v_i / τ are rounded to the same dtype, once, so that an image's own row and the others are
+scored alike. (Such a bank saves memory and time on GPU and TPU; XLA:CPU, which has no arithmetic
+for it, widens the rows.)
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import NamedTuple
 
 import chex
 import jax
@@ -26,22 +30,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax.linalg import dot, score_rows
+from instdisc_jax import kernels
+from instdisc_jax.linalg import dot, in_chunks, score_rows
 
-_jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows'))
+_MOST_HELD = 2**25  # scores or values of noise rows held at once, 128 MiB in float32
+_jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'most_held'))
 
 
-@functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'block_rows'))
 def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
                  index: Int[Array, ' B'], *, temperature: float, axis_name: str | None = None,
-                 num_rows: int | None = None,
-                 block_rows: int | None = None) -> Float[Array, ' B']:
+                 num_rows: int | None = None, kernel: str = 'xla', block_rows: int | None = None,
+                 largest_norm: float | None = bank_lib.LARGEST_NORM) -> Float[Array, ' B']:
   """Non-parametric softmax over all N rows (Eq. 2-3), exact.
 
       loss_i  = logsumexp_j(V_j·v_i / τ) - V_i·v_i / τ
       ∂loss_i = (Σ_j p_ij V_j - V_i) / τ
 
-  The bank is streamed in blocks with a running maximum, sum and weighted mean of rows.
+  One pass over the bank gives both sums. They need no running maximum while |V_j·v_i| / τ stays
+  below about 73, as is known for a temperature that is a Python number, and rows whose norm is
+  known: for unit vectors down to τ = 0.0137, for any bank of `bank.init` to 0.0237.
 
   Args:
     features: [B, D] unit-norm.
@@ -50,18 +57,32 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
     temperature: τ > 0.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
-    block_rows: rows scored at once; by default as many as fit a block of scores into 128 MiB.
+    kernel: 'xla', 'cudnn' or 'pallas', see `kernels`.
+    block_rows: rows that 'xla' scores at once; by default what is fastest on the platform.
+    largest_norm: a bound on the norms of the rows; None if none is known.
 
   Returns:
     [B].
   """
-  queries, bank, index = _as_data(features, bank, index, axis_name)
-  positive, positive_score = _positive(queries, bank, index, axis_name)
+  largest_logit = None
+  if largest_norm is not None and isinstance(temperature, (int, float)):
+    largest_logit = largest_norm / temperature
+  return _softmax_loss(features, bank, index, temperature, axis_name=axis_name, num_rows=num_rows,
+                       kernel=kernel, block_rows=block_rows, largest_logit=largest_logit)
+
+
+@functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'kernel', 'block_rows',
+                                             'largest_logit'))
+def _softmax_loss(features, bank, index, temperature, *, axis_name, num_rows, kernel, block_rows,
+                  largest_logit):
+  queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
+  positive, positive_logit = _positive(queries, bank, index, axis_name)
   num_local = bank_lib.count_local_rows(bank, axis_name, num_rows)
-  peak, total, weighted = _stream(queries, bank, num_local, temperature, block_rows)
-  logsumexp, mean_row = _combine(peak, total, weighted, axis_name)
-  mine, gradient = _to_owner(
-      (positive_score / temperature, (mean_row - positive) / temperature), axis_name)
+  sums = kernels.partial_sums(
+      kernel, queries, bank, num_local, padding=bank_lib.count_padding(bank, axis_name, num_rows),
+      largest_logit=largest_logit, block_rows=block_rows)
+  logsumexp, mean_row = _combine(*sums, axis_name)
+  mine, gradient = _to_owner((positive_logit, (mean_row - positive) / temperature), axis_name)
   return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
 
@@ -84,24 +105,26 @@ def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 
     temperature: τ > 0.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the rows are padded; needed with `axis_name`.
-    block_rows: rows scored at once, see `softmax_loss`.
+    block_rows: rows scored at once; by default as many as fit 2^25 scores.
 
   Returns:
     [N, D], or the local rows; 0 in the padding.
   """
-  queries, weights, index = _as_data(features, weights, index, axis_name)
+  queries, weights, index = _as_queries(features, weights, index, temperature, axis_name)
   num_local = bank_lib.count_local_rows(weights, axis_name, num_rows)
-  positive_score = _positive(queries, weights, index, axis_name)[1]
+  positive_logit = _positive(queries, weights, index, axis_name)[1]
   if axis_name is not None:
-    positive_score = lax.psum(positive_score, axis_name)
-  logsumexp = bank_lib.gather(loss, axis_name) + positive_score / temperature
+    positive_logit = lax.psum(positive_logit, axis_name)
+  logsumexp = bank_lib.gather(loss, axis_name) + positive_logit
   n = weights.shape[0]
-  block = _block_rows(queries, weights, block_rows)
+  block = min(n, block_rows or max(1024, 2**25 // queries.shape[0]))
 
   def add_block(i, gradient):
-    start, chunk, fresh = _block(weights, i, block)
-    logits = score_rows(queries, chunk) / temperature - logsumexp[:, None]
-    p = jnp.where(fresh & (start + jnp.arange(block) < num_local), jnp.exp(logits), 0)
+    start = jnp.minimum(i * block, n - block)  # the last block is aligned to the end
+    position = start + jnp.arange(block)
+    logits = score_rows(queries, lax.dynamic_slice_in_dim(weights, start, block))
+    fresh = (position >= i * block) & (position < num_local)
+    p = jnp.where(fresh, jnp.exp(logits - logsumexp[:, None]), 0)
     part = dot(p, queries, (((0,), (0,)), ((), ())))
     return lax.dynamic_update_slice_in_dim(
         gradient, lax.dynamic_slice_in_dim(gradient, start, block) + part, start, 0)
@@ -109,15 +132,16 @@ def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 
   local, owned = bank_lib.locate(weights, index, axis_name)
   zeros = jnp.zeros(weights.shape, queries.dtype).at[local].add(
       jnp.where(owned[:, None], -queries, 0))
-  gradient = lax.fori_loop(0, math.ceil(n / block), add_block, zeros)
-  return gradient / (temperature * queries.shape[0])
+  # The queries hold 1/τ already.
+  return lax.fori_loop(0, math.ceil(n / block), add_block, zeros) / queries.shape[0]
 
 
 @_jit
 def sampled_softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
                          index: Int[Array, ' B'], noise_index: Int[Array, '*B M'], *,
                          temperature: float, axis_name: str | None = None,
-                         num_rows: int | None = None) -> Float[Array, ' B']:
+                         num_rows: int | None = None,
+                         most_held: int = _MOST_HELD) -> Float[Array, ' B']:
   """Cross-entropy of the positive among M + 1 columns: itself and M noise rows, as drawn.
 
   The published "updated" model trains with it at M = 65,536. Noise that happens to hit the
@@ -131,23 +155,28 @@ def sampled_softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'
     temperature: τ > 0.
     axis_name: mesh axis, or None.
     num_rows: unused; all losses share one signature.
+    most_held: scores, or values of noise rows, held at once.
 
   Returns:
     [B].
   """
   del num_rows
-  queries, bank, index = _as_data(features, bank, index, axis_name)
-  positive, positive_score = _positive(queries, bank, index, axis_name)
+  queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
+  positive, positive_logit = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
-  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
-  columns = jnp.concatenate([positive_score[:, None], score], axis=1) / temperature
-  columns = jnp.where(jnp.concatenate([owned_positive[:, None], owned], axis=1), columns, -jnp.inf)
-  peak = jnp.max(columns, axis=1)
-  weight = jnp.exp(columns - _finite(peak)[:, None])
-  weighted = weight[:, :1] * positive + _weighted_rows(weight[:, 1:], bank, noise_index, axis_name)
-  logsumexp, mean_row = _combine(peak, jnp.sum(weight, axis=1), weighted, axis_name)
-  mine, gradient = _to_owner(
-      (positive_score / temperature, (mean_row - positive) / temperature), axis_name)
+
+  def sums(noise, positive, positive_logit, owned_positive):
+    columns = jnp.concatenate([positive_logit[:, None], noise.logit], axis=1)
+    owned = jnp.concatenate([owned_positive[:, None], noise.owned], axis=1)
+    columns = jnp.where(owned, columns, -jnp.inf)
+    peak = jnp.max(columns, axis=1)
+    weight = jnp.exp(columns - kernels.finite(peak)[:, None])
+    return peak, weight.sum(axis=1), weight[:, :1] * positive + noise.weigh(weight[:, 1:])
+
+  peak, total, weighted = _over_noise(sums, bank, noise_index, axis_name, most_held,
+                                      (queries, positive, positive_logit, owned_positive))
+  logsumexp, mean_row = _combine(peak, total, weighted, axis_name)
+  mine, gradient = _to_owner((positive_logit, (mean_row - positive) / temperature), axis_name)
   return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
 
@@ -155,7 +184,7 @@ def sampled_softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'
 def nce_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'],
              noise_index: Int[Array, '*B M'], *, temperature: float,
              normalizer: Float[Array, ''] | float, axis_name: str | None = None,
-             num_rows: int | None = None) -> Float[Array, ' B']:
+             num_rows: int | None = None, most_held: int = _MOST_HELD) -> Float[Array, ' B']:
   """Noise-contrastive estimation (Eq. 4-8), in log space.
 
       logit  = s / τ - log Z - log(M / N)          h = P / (P + M/N) = sigmoid(logit)
@@ -172,23 +201,26 @@ def nce_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: In
     normalizer: Z > 0, scalar.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
+    most_held: scores, or values of noise rows, held at once.
 
   Returns:
     [B].
   """
-  queries, bank, index = _as_data(features, bank, index, axis_name)
+  queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
   num_rows = num_rows or bank.shape[0]
   offset = jnp.log(normalizer).astype(queries.dtype) + math.log(noise_index.shape[-1] / num_rows)
-  positive, positive_score = _positive(queries, bank, index, axis_name)
+  positive, positive_logit = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
-  logit = positive_score / temperature - offset
-  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
-  noise_logit = score / temperature - offset
-  loss = (jnp.where(owned_positive, jax.nn.softplus(-logit), 0)
-          + jnp.sum(jnp.where(owned, jax.nn.softplus(noise_logit), 0), axis=1))
-  weight = jnp.where(owned, jax.nn.sigmoid(noise_logit), 0)
-  gradient = (_weighted_rows(weight, bank, noise_index, axis_name)
-              - jax.nn.sigmoid(-logit)[:, None] * positive) / temperature
+  logit = positive_logit - offset
+
+  def sums(noise):
+    logit = noise.logit - offset
+    loss = jnp.sum(jnp.where(noise.owned, jax.nn.softplus(logit), 0), axis=1)
+    return loss, noise.weigh(jnp.where(noise.owned, jax.nn.sigmoid(logit), 0))
+
+  loss, weighted = _over_noise(sums, bank, noise_index, axis_name, most_held, (queries,))
+  loss += jnp.where(owned_positive, jax.nn.softplus(-logit), 0)
+  gradient = (weighted - jax.nn.sigmoid(-logit)[:, None] * positive) / temperature
   loss, gradient = _to_owner((loss, gradient), axis_name)
   return _with_gradient(loss, gradient, features)
 
@@ -197,7 +229,8 @@ def nce_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: In
 def estimate_normalizer(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
                         index: Int[Array, ' B'], noise_index: Int[Array, '*B M'], *,
                         temperature: float, axis_name: str | None = None,
-                        num_rows: int | None = None) -> Float[Array, '']:
+                        num_rows: int | None = None,
+                        most_held: int = _MOST_HELD) -> Float[Array, '']:
   """Z ≈ N · mean(exp(s / τ)) over the batch's B (M + 1) positive and noise columns.
 
   Args:
@@ -208,22 +241,24 @@ def estimate_normalizer(features: Float[Array, 'B D'], bank: Float[Array, 'N D']
     temperature: τ > 0.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
+    most_held: scores, or values of noise rows, held at once.
 
   Returns:
     Scalar Z, the same on all devices.
   """
-  queries, bank, index = _as_data(features, bank, index, axis_name)
-  _, positive_score = _positive(queries, bank, index, axis_name)
+  queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
+  _, positive_logit = _positive(queries, bank, index, axis_name)
   owned_positive = bank_lib.locate(bank, index, axis_name)[1]
-  score, owned = _noise_scores(queries, bank, noise_index, axis_name)
-  total = (jnp.sum(jnp.where(owned_positive, jnp.exp(positive_score / temperature), 0))
-           + jnp.sum(jnp.where(owned, jnp.exp(score / temperature), 0)))
+  sums = lambda noise: jnp.sum(jnp.where(noise.owned, jnp.exp(noise.logit), 0), axis=1)
+  total = jnp.sum(_over_noise(sums, bank, noise_index, axis_name, most_held, (queries,))
+                  + jnp.where(owned_positive, jnp.exp(positive_logit), 0))
   if axis_name is not None:
     total = lax.psum(total, axis_name)
-  return (num_rows or bank.shape[0]) * total / (score.size + index.size)
+  columns = index.size * (noise_index.shape[-1] + 1)
+  return (num_rows or bank.shape[0]) * total / columns
 
 
-@_jit
+@functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows'))
 def proximal_penalty(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
                      index: Int[Array, ' B'], *, axis_name: str | None = None,
                      num_rows: int | None = None) -> Float[Array, ' B']:
@@ -256,71 +291,38 @@ def _as_data(features, bank, index, axis_name):
   return queries, lax.stop_gradient(bank), index
 
 
+def _as_queries(features, bank, index, temperature, axis_name):
+  """`_as_data` with the features over τ, whose products with the rows are logits."""
+  queries, bank, index = _as_data(features, bank, index, axis_name)
+  queries = queries / temperature
+  if bank.dtype.itemsize == 2:
+    bits = jnp.finfo(bank.dtype)
+    queries = lax.reduce_precision(queries, bits.nexp, bits.nmant)
+  return queries, bank, index
+
+
 def _with_gradient(loss, gradient, features):
   """`loss` [B] with derivative `gradient` with respect to `features` [B, D]: adds zero."""
   return loss + jnp.sum((features - lax.stop_gradient(features)) * gradient, axis=1)
 
 
 def _positive(queries, bank, index, axis_name):
-  """The images' own rows [B, D] and scores [B]; zero where another device owns the row."""
+  """The images' own rows [B, D] and logits [B]; zero where another device owns the row."""
   local, owned = bank_lib.locate(bank, index, axis_name)
   positive = jnp.where(owned[:, None], bank[local].astype(queries.dtype), 0)
   return positive, jnp.sum(queries * positive, axis=1)
-
-
-def _stream(queries, rows, num_local, temperature, block_rows):
-  """One pass over the local rows.
-
-  Returns:
-    Per query, the largest logit [B] (-inf without rows), Σ exp(logit - largest) [B], and the sum of
-    the rows with those weights [B, D].
-  """
-  block = _block_rows(queries, rows, block_rows)
-
-  def scan_block(i, carry):
-    start, chunk, fresh = _block(rows, i, block)
-    logits = score_rows(queries, chunk) / temperature
-    logits = jnp.where(fresh & (start + jnp.arange(block) < num_local), logits, -jnp.inf)
-    peak = jnp.max(logits, axis=1)
-    if carry is not None:
-      peak = jnp.maximum(peak, carry[0])
-    weight = jnp.exp(logits - _finite(peak)[:, None])
-    total = jnp.sum(weight, axis=1)
-    weighted = dot(weight, chunk, (((1,), (0,)), ((), ())))
-    if carry is not None:
-      shrink = jnp.exp(carry[0] - _finite(peak))
-      total += shrink * carry[1]
-      weighted += shrink[:, None] * carry[2]
-    return peak, total, weighted
-
-  return lax.fori_loop(1, math.ceil(rows.shape[0] / block), scan_block, scan_block(0, None))
-
-
-def _block_rows(queries, rows, block_rows):
-  """Rows scored at once."""
-  return min(rows.shape[0], block_rows or max(1024, 2**25 // queries.shape[0]))
-
-
-def _block(rows, i, block):
-  """(start, rows, mask of rows in no earlier block) of block i; the last is aligned to the end."""
-  start = jnp.minimum(i * block, rows.shape[0] - block)
-  return (start, lax.dynamic_slice_in_dim(rows, start, block),
-          start + jnp.arange(block) >= i * block)
 
 
 def _combine(peak, total, weighted, axis_name):
   """Partial sums of all devices -> logsumexp [B], and this device's share of Σ_j p_j V_j."""
   if axis_name is None:
     return peak + jnp.log(total), weighted / total[:, None]
-  global_peak = lax.pmax(peak, axis_name)
-  shrink = jnp.exp(peak - global_peak)
-  global_total = lax.psum(shrink * total, axis_name)
-  return global_peak + jnp.log(global_total), weighted * (shrink / global_total)[:, None]
-
-
-def _finite(peak):
-  """Replaces the peak -inf of a device with only padding: exp(-inf - 0) is 0, -inf + inf is NaN."""
-  return jnp.where(jnp.isfinite(peak), peak, 0)
+  shrink = 1
+  if peak.ndim:  # else it is the same on all devices
+    device_peak, peak = peak, lax.pmax(peak, axis_name)
+    shrink = jnp.exp(device_peak - peak)
+  total = lax.psum(shrink * total, axis_name)
+  return peak + jnp.log(total), weighted * (shrink / total)[:, None]
 
 
 def _to_owner(partials, axis_name):
@@ -341,29 +343,61 @@ def _own(x, features, axis_name):
   return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * size, size)
 
 
-def _scoring_all_rows_is_cheaper(bank, noise_index):
-  """A gather reads B·M rows; a matmul over the shard reads each of its rows once."""
-  return noise_index.size > bank.shape[0]
+class _Noise(NamedTuple):
+  """The noise rows of b queries, as far as this device owns them.
+
+  Attributes:
+    logit: [b, M], of which only those that are owned mean anything.
+    owned: [b, M].
+    weigh: (weight [b, M], 0 where not owned) -> Σ_m weight_m · row_m, [b, D].
+  """
+  logit: jax.Array
+  owned: jax.Array
+  weigh: Callable[[jax.Array], jax.Array]
 
 
-def _noise_scores(queries, bank, noise_index, axis_name):
-  """Scores [B, M] of the noise rows, and a mask of the valid ones: rows that this device owns."""
+def _over_noise(fn, bank, noise_index, axis_name, most_held, per_query):
+  """`fn(noise, *rest)` [b, ...] of all queries, some at a time, so that its arrays stay small.
+
+  Args:
+    fn: (_Noise, arrays [b, ...]) -> a tree of arrays [b, ...].
+    bank: the local rows.
+    noise_index: [B, M] or [M].
+    axis_name: mesh axis, or None.
+    most_held: see the losses.
+    per_query: (queries [B, D], further arrays [B, ...] for `fn`).
+  """
+  batch, (n, dim) = per_query[0].shape[0], bank.shape
+  shared = noise_index.ndim == 1
+  # A gather reads B·M rows; products with all rows of the shard read each of them once.
+  dense = not shared and noise_index.size > n
+  held = n if dense else noise_index.shape[-1] * (1 if shared else dim)
+
+  def part(arrays):
+    index, queries, *rest = arrays
+    noise = _noise(queries, bank, noise_index if shared else index, axis_name, dense)
+    return fn(noise, *rest)
+
+  arrays = (jnp.arange(batch) if shared else noise_index, *per_query)
+  return in_chunks(part, arrays, max(1, most_held // max(1, held)))
+
+
+def _noise(queries, bank, noise_index, axis_name, dense) -> _Noise:
+  """Scores the noise rows of some queries: gathered, or among all rows of the device."""
   local, owned = bank_lib.locate(bank, noise_index, axis_name)
   if noise_index.ndim == 1:
-    score = score_rows(queries, bank[local])
-    return score, jnp.broadcast_to(owned, score.shape)
-  if _scoring_all_rows_is_cheaper(bank, noise_index):
-    return jnp.take_along_axis(score_rows(queries, bank), local, axis=1), owned
-  return dot(queries, bank[local], (((1,), (2,)), ((0,), (0,)))), owned
+    rows = bank[local]
+    logit = score_rows(queries, rows)
+    return _Noise(logit, jnp.broadcast_to(owned, logit.shape),
+                  lambda weight: dot(weight, rows, (((1,), (0,)), ((), ()))))
+  if not dense:
+    rows = bank[local]
+    return _Noise(dot(queries, rows, (((1,), (2,)), ((0,), (0,)))), owned,
+                  lambda weight: dot(weight, rows, (((1,), (1,)), ((0,), (0,)))))
 
-
-def _weighted_rows(weight, bank, noise_index, axis_name):
-  """Σ_m weight[b, m] · row of noise_index[b, m] -> [B, D]; weights of rows not owned must be 0."""
-  local, _ = bank_lib.locate(bank, noise_index, axis_name)
-  if noise_index.ndim == 1:
-    return dot(weight, bank[local], (((1,), (0,)), ((), ())))
-  if _scoring_all_rows_is_cheaper(bank, noise_index):
+  def weigh(weight):
     slots = jnp.arange(weight.shape[0])[:, None]
-    dense = jnp.zeros((weight.shape[0], bank.shape[0]), weight.dtype).at[slots, local].add(weight)
-    return dot(dense, bank, (((1,), (0,)), ((), ())))
-  return dot(weight, bank[local], (((1,), (1,)), ((0,), (0,))))
+    spread = jnp.zeros((weight.shape[0], bank.shape[0]), weight.dtype).at[slots, local].add(weight)
+    return dot(spread, bank, (((1,), (0,)), ((), ())))
+
+  return _Noise(jnp.take_along_axis(score_rows(queries, bank), local, axis=1), owned, weigh)

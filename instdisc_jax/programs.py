@@ -119,6 +119,11 @@ class Run:
             (self._state.bank, self._scalar())),
     }
 
+  def lower(self, name: str) -> jax.stages.Lowered:
+    """One of `NAMES` but 'restore', lowered for the machine."""
+    function, arguments = self._make[name]()
+    return function.lower(*arguments)
+
   def compile(self, name: str) -> Report:
     """Compiles one of `NAMES`; nothing if its arguments and results alone do not fit."""
     if name not in self._make:
@@ -163,10 +168,11 @@ class Run:
     capacity, config, devices = self.chip.memory, self.setup.config, self.setup.mesh.size
     bank, copies = self._state.bank, lambda report: 2 if report.program == 'checkpoint' else 1
     fit = lambda needed: all(needed(report) <= capacity for report in reports)
-    if config.bank.dtype != 'bfloat16' and self.chip.kind != 'cpu':  # XLA:CPU would widen it
+    if bank.dtype.itemsize > 2 and self.chip.kind != 'cpu':  # XLA:CPU would widen it
       saved = (1 - 2 / bank.dtype.itemsize) * _bytes(bank)
       if fit(lambda report: report.needed - saved * copies(report)):
-        return 'set --config.bank.dtype=bfloat16'
+        narrow = 'float16' if self.chip.kind.startswith('NVIDIA') else 'bfloat16'
+        return f'set --config.bank.dtype={narrow}'
     for parts in (2, 4, 8, 16):
       spared = lambda report: (report.memory.get('temporary', 0) * (1 - 1 / parts)
                                if report.program == 'step' else 0)

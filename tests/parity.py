@@ -36,7 +36,7 @@ class Deviation(NamedTuple):
   Attributes:
     file: of the golden values.
     quantity: name of the array there.
-    setting: 'float32' or 'float64', and the devices.
+    setting: 'float32' or 'float64', the devices, and the kernel.
     largest: the largest deviation found, in the measure.
     tolerance: of the README.
     measure: 'abs', 'rel', 'of the largest', or 'differing entries'.
@@ -52,12 +52,13 @@ class Deviation(NamedTuple):
 class _Comparison:
   """Collects the deviations of one file."""
 
-  def __init__(self, file, wide, num_devices):
+  def __init__(self, file, wide, num_devices, kernel='xla'):
     self.data = {key: value for key, value in np.load(GOLDEN / f'{file}.npz').items()}
     self.dtype = jnp.float64 if wide else jnp.float32
     self.deviations = {}
     self._file = file
-    self._setting = self.dtype.__name__ + (f', {num_devices} devices' if num_devices else '')
+    self._setting = (self.dtype.__name__ + (f', {num_devices} devices' if num_devices else '')
+                     + (f', {kernel}' if kernel != 'xla' else ''))
 
   def float(self, name):
     """An array of the file in the precision of the comparison."""
@@ -165,27 +166,28 @@ def nce(file, wide=False, num_devices=None):
   return list(c.deviations.values())
 
 
-def softmax(file, wide=False, num_devices=None):
+def softmax(file, wide=False, num_devices=None, kernel='xla'):
   """Section 2: logits, loss, gradients and bank of two steps."""
-  c = _Comparison(file, wide, num_devices)
+  c = _Comparison(file, wide, num_devices, kernel)
   bank0 = c.float('memory_0')
   num_rows = len(bank0)
-  loss_of = _mapped(
-      lambda u, bank, index, temperature, axis_name, num_rows: _value_and_gradients(
-          losses.softmax_loss, u, bank=bank, index=index, temperature=temperature,
-          axis_name=axis_name, num_rows=num_rows),
-      num_devices, num_rows, ('u', 'index'), ('bank',), True)
   # With as many neighbors and classes as rows, the vote for class j is exp(V_j·v / τ).
   votes = _mapped(functools.partial(knn.class_scores, k=num_rows, num_classes=num_rows),
                   num_devices, num_rows, (), ('bank',))
-  for t, temperature in enumerate(c.float('T')):
+  for t, temperature in enumerate(c.data['T']):
+    softmax_loss = functools.partial(losses.softmax_loss, temperature=float(temperature),
+                                     kernel=kernel)
+    loss_of = _mapped(
+        lambda u, bank, index, axis_name, num_rows: _value_and_gradients(
+            softmax_loss, u, bank=bank, index=index, axis_name=axis_name, num_rows=num_rows),
+        num_devices, num_rows, ('u', 'index'), ('bank',), True)
     bank = bank0
     for step in (1, 2):
       u, x, index = c.float(f'u_{step}'), c.float(f'x_{step}'), c.data[f'y_{step}']
       logits = jnp.log(votes(queries=x, bank=bank, labels=jnp.arange(num_rows),
                              temperature=temperature))
       c.add('logits', logits, c.data[f'logits_{step}'][t], 2e-5)
-      loss, grad_x, grad_u = loss_of(u=u, bank=bank, index=index, temperature=temperature)
+      loss, grad_x, grad_u = loss_of(u=u, bank=bank, index=index)
       c.add('loss', loss.mean(), c.data[f'loss_{step}'][t], 5e-6, 'rel')
       c.add('grad_x', grad_x, c.data[f'grad_x_{step}'][t], 2e-5, 'of the largest')
       c.add('grad_u', grad_u, c.data[f'grad_u_{step}'][t], 2e-5, 'of the largest')
@@ -297,6 +299,7 @@ def trajectory(file, wide=False, num_devices=None):
                           weight_decay=float(data['weight_decay']), milestones=())
   config.loss.update(name='softmax' if 'softmax' in file else 'nce', normalizer='first_batch',
                      temperature=float(data['T']), proximal_weight=float(data.get('lam', 0)))
+  config.bank.momentum = float(data['momentum_bank'])
   batch = data['batch'].astype(np.int32)
   noise = data['noise'][:, :, 1:].astype(np.int32) if 'noise' in data else None
   optimizer = optimizer_lib.make(config, num_rows)
@@ -318,9 +321,8 @@ def trajectory(file, wide=False, num_devices=None):
       return features, batch_stats
 
     state, metrics = step_lib.update(
-        state, (pixels[index], index, noise_index), encode=encode, optimizer=optimizer,
-        loss=config.loss, bank_momentum=float(data['momentum_bank']), num_rows=num_rows,
-        axis_name=axis)
+        state, (pixels[index], index, noise_index), config=config, encode=encode,
+        optimizer=optimizer, num_rows=num_rows, axis_name=axis)
     return state, (metrics, state.params['W'], state.batch_stats)
 
   run = lambda state, rows: lax.scan(step, state, rows)
@@ -540,7 +542,8 @@ def _cases():
     precision = {None: '', False: ' float32', True: ' float64'}[wide]
     devices = f' on {kwargs["num_devices"]}' if kwargs.get('num_devices') else ''
     gradients = ' with gradients' if kwargs.get('gradients') else ''
-    name = (args[0] if args else fn.__name__) + precision + devices + gradients
+    kernel = f' by {kwargs["kernel"]}' if 'kernel' in kwargs else ''
+    name = (args[0] if args else fn.__name__) + precision + devices + gradients + kernel
     cases[name] = compare, slow
 
   cases = {}
@@ -555,6 +558,11 @@ def _cases():
       for file in ('softmax', 'nce', 'prox'):
         case(trajectory, f'trajectory_{file}', wide=wide, num_devices=devices)
         case(trajectory, f'trajectory_{file}_centered', wide=wide, num_devices=devices)
+  for file in ('small', 'duplicates'):
+    for devices in (None, 8):
+      case(softmax, f'softmax_{file}', wide=False, num_devices=devices, kernel='cudnn')
+      case(softmax, f'softmax_{file}', wide=False, num_devices=devices, kernel='pallas',
+           slow=devices is not None)
   case(memory_init)
   for file in ('knn_digits', 'knn_clusters'):
     for devices in (None, 8):

@@ -89,6 +89,23 @@ def test_the_memory_of_the_softmax_is_that_of_a_block_whatever_n_is():
   assert large <= 8 * 4 * batch * block  # a few blocks of scores; all of them would be 5 GB
 
 
+@pytest.mark.parametrize('loss', ['nce', 'sampled_softmax'])
+@pytest.mark.parametrize('num_rows', [150_000, 10_000_000])  # all are scored; the noise is gathered
+def test_the_memory_of_the_noise_is_bounded_for_large_batches(loss, num_rows):
+  batch, dim, noise_count = 1024, 128, 4096
+  arrays = (jax.ShapeDtypeStruct((batch, dim), jnp.float32),
+            jax.ShapeDtypeStruct((num_rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            jax.ShapeDtypeStruct((batch, noise_count), jnp.int32))
+  how = {'nce': (losses.nce_loss, {'normalizer': 1e5}),
+         'sampled_softmax': (losses.sampled_softmax_loss, {})}
+  fn, extra = how[loss]
+  compiled = jax.jit(jax.grad(lambda f, *rest: fn(f, *rest, temperature=0.1, **extra).sum())).lower(
+      *arrays).compile()
+  # The noise's rows would be 2.1 GB, all scores 0.6 GB or more.
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**29
+
+
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 @pytest.mark.parametrize('loss', LOSSES)
 def test_the_step_lowers_for_absent_hardware(loss, platform):

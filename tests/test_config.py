@@ -171,13 +171,18 @@ def test_settings_that_an_earlier_version_lacked_keep_what_they_amounted_to():
   imported = {'model.name': 'resnet50'}
   assert config_lib.to_json(config_lib.resume(config, imported)) == new
   old = {key: value for key, value in new.items()
-         if key not in ('dataset.order', 'model.reduce_dtype')} | {'model.dtype': 'bfloat16'}
+         if key not in ('dataset.order', 'model.reduce_dtype', 'loss.kernel')} | {
+             'model.dtype': 'bfloat16'}
   resumed = config_lib.resume(config, old)
   assert (resumed.dataset.order, resumed.model.reduce_dtype) == ('permutation', 'bfloat16')
+  assert resumed.loss.kernel == 'xla'
   assert (config_lib.from_json(old).dataset.order, config_lib.from_json(new).dataset.order) == (
       'permutation', 'keyed')
   again = config_lib.resume(config, config_lib.to_json(resumed))  # as the first resume stored them
   assert (again.dataset.order, again.model.reduce_dtype) == ('permutation', 'bfloat16')
+  assert again.loss.kernel == 'xla'
+  config.loss.kernel = 'pallas'  # may change: it changes no more than the last bits
+  assert config_lib.resume(config, old).loss.kernel == 'pallas'
   config.model.reduce_dtype = 'float32'
   with pytest.raises(errors.UserError, match='model.reduce_dtype is float32, must be bfloat16, as '
                                              'when this run was started: set --config.model.red'):

@@ -3,7 +3,7 @@
 The K rows most similar to a query vote for their labels, each with weight exp(s / τ).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import inspect
 from typing import Any
@@ -20,8 +20,11 @@ from instdisc_jax import linalg
 from instdisc_jax.runtime.mesh import AXIS
 
 _AnyArray = Array | np.ndarray
-_BLOCK = 16  # rows per block; larger blocks were slower on CPU
-MOST_SCORES = 2**25  # maximum number of scores held at once, 128 MiB in float32
+# Scores held at once. Those of a CPU stay near its caches; on an accelerator 2^28, 1 GiB, keep the
+# bank from being read for every few queries.
+_SCORES = {'cpu': 2**22, 'default': 2**28}
+_GROUP = 16  # scores that share a maximum
+_LANES = 128  # groups start at multiples of it, as the vectors of accelerators do
 # JAX after July 2026: ties may be in any order, which lets GPUs select instead of sort.
 _HAS_UNSTABLE = 'is_stable' in inspect.signature(lax.top_k).parameters
 _UNSTABLE: dict[str, Any] = {'is_stable': False} if _HAS_UNSTABLE else {}
@@ -58,15 +61,18 @@ def vote(similarity: Float[_AnyArray, 'Q K'], label: Int[_AnyArray, 'Q K'], temp
   return jnp.zeros((label.shape[0], num_classes), weight.dtype).at[queries, label].add(weight)
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows', 'recall_target'))
+@functools.partial(jax.jit, static_argnames=('k', 'axis_name', 'num_rows', 'recall_target',
+                                             'most_scores'))
 def nearest(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'],
             own_row: Int[Array, ' Q'] | None = None, *, k: int, axis_name: str | None = None,
-            num_rows: int | None = None, recall_target: float | None = None
+            num_rows: int | None = None, recall_target: float | None = None,
+            most_scores: int | None = None
             ) -> tuple[Float[_AnyArray, 'Q K'], Int[_AnyArray, 'Q K']]:
   """The K most similar rows for each query, exact up to ties, most similar first.
 
-  Queries are processed in chunks, so that no more than 2^25 scores are held at once. With
-  `axis_name`, each device finds the K best of its rows, and only those are exchanged.
+  Queries are processed in chunks: every chunk reads the bank once. With `axis_name`, each device
+  finds the K best of its rows for all queries, sends them to the device that merges the query's,
+  and receives what the others merged: about 16 Q K bytes, whatever the number of devices.
 
   Args:
     queries: [Q, D].
@@ -77,62 +83,104 @@ def nearest(queries: Float[Array, 'Q D'], bank: Float[Array, 'N D'],
     num_rows: the true N where the bank is padded; needed with `axis_name`.
     recall_target: None for the exact search; else the share of the K best that an approximate
       search should find, in less time on a TPU (elsewhere it is exact, and slower).
+    most_scores: scores held at once; by default what suits the platform.
 
   Returns:
     (similarity [Q, K], row [Q, K] int32).
   """
-  chunk = max(1, min(queries.shape[0], MOST_SCORES // bank.shape[0]))
-  search = lambda query, own_row: _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows,
-                                                   recall_target)
-  if own_row is None:
-    return lax.map(lambda query: search(query, None), queries, batch_size=chunk)
-  return lax.map(lambda pair: search(*pair), (queries, own_row), batch_size=chunk)
-
-
-def _nearest_in_bank(query, own_row, bank, k, axis_name, num_rows, recall_target):
-  """One query's K best: [D] -> ([K], [K]); mapped over queries in chunks."""
   n = bank.shape[0]
   first = 0 if axis_name is None else lax.axis_index(axis_name) * n
-  position = jnp.arange(n)
-  score = linalg.score_rows(query[None], bank)[0]
+  excluded = None if own_row is None else own_row - first
   if axis_name is not None or num_rows not in (None, n):
-    padding = position >= bank_lib.count_local_rows(bank, axis_name, num_rows)
-    score = jnp.where(padding, -jnp.inf, score)
-  if own_row is not None:
-    score = jnp.where(first + position == own_row, -jnp.inf, score)
-  if recall_target is None:
-    similarity, row = top_k(score, min(k, n))
+    num_local = bank_lib.count_local_rows(bank, axis_name, num_rows)
   else:
-    similarity, row = lax.approx_max_k(score, min(k, n), recall_target=recall_target)
+    num_local = None
+  search = lambda scores: functools.partial(_search, k=min(k, n), recall_target=recall_target,
+                                            chunk=max(1, scores // n))
+  operands = queries, bank, excluded, num_local
+  if most_scores is not None:
+    similarity, row = search(most_scores)(*operands)
+  else:
+    similarity, row = lax.platform_dependent(
+        *operands, **{platform: search(scores) for platform, scores in _SCORES.items()})
   row = (first + row).astype(jnp.int32)
-  if axis_name is not None:
-    similarity, row = lax.all_gather((similarity, row), axis_name, tiled=True)
-    similarity, best = lax.top_k(similarity, k)
-    row = row[best]
-  return similarity, row
+  return (similarity, row) if axis_name is None else _merge(similarity, row, k, axis_name)
 
 
-def top_k(scores: Float[Array, ' n'], k: int) -> tuple[Float[Array, ' k'], Int[Array, ' k']]:
-  """The k largest of `scores` and their positions, without sorting all of them.
+def _search(queries, bank, excluded, num_local, *, k, recall_target, chunk):
+  """The k best of the local rows: ([Q, k], [Q, k])."""
+  position = jnp.arange(bank.shape[0])
 
-  They are in the k blocks with the largest maxima, so only those blocks are searched. GPUs use a
-  selection of their own.
+  def search(inputs):
+    query, excluded = inputs
+    score = linalg.score_rows(query, bank)
+    if num_local is not None:
+      score = jnp.where(position < num_local, score, -jnp.inf)
+    if excluded is not None:
+      score = jnp.where(position == excluded[:, None], -jnp.inf, score)
+    if recall_target is None:
+      return top_k(score, k)
+    return _pair(lax.approx_max_k(score, k, recall_target=recall_target))
+
+  return linalg.in_chunks(search, (queries, excluded), chunk)
+
+
+def _merge(similarity, row, k, axis_name):
+  """The k best of all devices' candidates [Q, k']; each device merges those of Q / devices."""
+  total, devices = similarity.shape[0], lax.axis_size(axis_name)
+  spread = lambda x: lax.all_to_all(jnp.pad(x, ((0, -total % devices), (0, 0))), axis_name, 0, 1,
+                                    tiled=True)
+  similarity, row = spread(similarity), spread(row)
+  similarity, best = lax.top_k(similarity, k)
+  merged = similarity, jnp.take_along_axis(row, best, axis=1)
+  similarity, row = lax.all_gather(merged, axis_name, tiled=True)
+  return similarity[:total], row[:total]
+
+
+def top_k(scores: Float[Array, 'Q n'], k: int) -> tuple[Float[Array, 'Q k'], Int[Array, 'Q k']]:
+  """The k largest of each row and their positions, without sorting all of them.
+
+  Groups of 16 scores share a maximum. The k largest scores are in the k groups with the largest
+  maxima, which are found in the same way. On a CPU a group is 16 neighbors, one cache line; on a
+  TPU it is {g, g + G, g + 2G, ...}, whose maxima are those of 16 slices, vector by vector. GPUs use
+  a selection of their own.
   """
-  num_blocks = -(-scores.shape[0] // _BLOCK)
-  if num_blocks <= k:
+  selections: dict[str, Callable] = {'cpu': functools.partial(among_neighbors, k=k),
+                                     'default': functools.partial(among_slices, k=k)}
+  if _UNSTABLE:
+    selections['cuda'] = lambda x: _pair(lax.top_k(x, k, **_UNSTABLE))
+  return lax.platform_dependent(scores, **selections)
+
+
+def among_neighbors(scores, k):
+  """`top_k` with groups of neighbors."""
+  total, n = scores.shape
+  if n < 4 * _GROUP * k:  # too few groups to be worth it
     return _pair(lax.top_k(scores, k))
+  filled = jnp.pad(scores, ((0, 0), (0, -n % _GROUP)), constant_values=-jnp.inf)
+  members = filled.reshape(total, -1, _GROUP)
+  chosen = among_neighbors(members.max(axis=2), k)[1]
+  candidates = jnp.take_along_axis(members, chosen[:, :, None], axis=1).reshape(total, -1)
+  best, index = lax.top_k(candidates, k)
+  group = jnp.take_along_axis(chosen, index // _GROUP, axis=1)
+  return best, group * _GROUP + index % _GROUP
 
-  def among_best_blocks(scores):
-    blocks = jnp.pad(scores, (0, num_blocks * _BLOCK - scores.shape[0]), constant_values=-jnp.inf)
-    blocks = blocks.reshape(num_blocks, _BLOCK)
-    chosen = lax.top_k(blocks.max(axis=1), k)[1]
-    best, place = lax.top_k(blocks[chosen].reshape(-1), k)
-    return best, chosen[place // _BLOCK] * _BLOCK + place % _BLOCK
 
-  if not _UNSTABLE:
-    return among_best_blocks(scores)
-  return lax.platform_dependent(scores, cuda=lambda x: _pair(lax.top_k(x, k, **_UNSTABLE)),
-                                default=among_best_blocks)
+def among_slices(scores, k):
+  """`top_k` with a group's members in different slices."""
+  n = scores.shape[1]
+  if n < max(4 * _GROUP * k, 2 * _GROUP * _LANES):
+    return _pair(lax.top_k(scores, k))
+  groups = -(-n // (_GROUP * _LANES)) * _LANES
+  starts = range(0, n, groups)
+  slices = [scores[:, start:start + groups] for start in starts]
+  slices[-1] = jnp.pad(slices[-1], ((0, 0), (0, len(starts) * groups - n)),
+                       constant_values=-jnp.inf)
+  chosen = among_slices(functools.reduce(jnp.maximum, slices), k)[1]
+  place = (chosen[:, None] + jnp.array(starts)[:, None]).reshape(len(scores), -1)
+  candidates = jnp.take_along_axis(scores, jnp.minimum(place, n - 1), axis=1)
+  best, index = lax.top_k(jnp.where(place < n, candidates, -jnp.inf), k)
+  return best, jnp.take_along_axis(place, index, axis=1)
 
 
 def _pair(values) -> tuple[Any, Any]:

@@ -40,14 +40,15 @@ class Chip:
     return dict(self.float32_products).get(precision, 1.0)
 
 
-_PASSES = (('high', 3.0), ('highest', 6.0))
+_PASSES = (('three', 3.0), ('high', 3.0), ('highest', 6.0))
 CHIPS = {
     'v5e': Chip('TPU v5 lite', 197e12, 819e9, 15.75 * 2**30, _PASSES),
     'v5p': Chip('TPU v5', 459e12, 2765e9, 95.74 * 2**30, _PASSES),
     'v6e': Chip('TPU v6 lite', 918e12, 1640e9, 31.25 * 2**30, _PASSES),
     # JAX takes 75% of a GPU's memory unless told otherwise. TF32 at 495 TFLOP/s, float32 at 67.
     'h100': Chip('NVIDIA H100', 989e12, 3352e9, 0.75 * 84929347584,
-                 (('default', 2.0), ('high', 2.0), ('highest', 989 / 67), ('float64', 989 / 67))),
+                 (('three', 3.0), ('default', 2.0), ('high', 2.0), ('highest', 989 / 67),
+                  ('float64', 989 / 67))),
     'cpu': Chip('cpu', None),
 }
 _OTHERS = Chip('TPU v4', 275e12), Chip('NVIDIA A100', 312e12), Chip('NVIDIA H200', 989e12)

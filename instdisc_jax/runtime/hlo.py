@@ -76,13 +76,35 @@ class Costs:
 
   Attributes:
     flops: by the precision of the products: 'bfloat16' (or another narrow type), 'float64', and
-      'default', 'high' or 'highest' for those of float32.
+      for those of float32 'default', 'high', 'highest', or 'three' (of bfloat16 parts).
     bytes: read from and written to the device's memory.
     collectives: one for each kind that occurs.
   """
   flops: dict[str, float]
   bytes: float
   collectives: tuple[Collective, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """What one kernel of a program does, all its runs together.
+
+  Attributes:
+    source: the path of operations in the Python code that it comes from, as JAX names them.
+    opcode: of the instruction, with what it calls: 'fusion', 'custom-call __cudnn$conv', ...
+    times: how often it runs.
+    flops: by precision, see `Costs`.
+    bytes: through memory.
+    cycles: the compiler's own estimate, or None; TPUs only.
+    largest: bytes of the largest array that it writes to memory.
+  """
+  source: str
+  opcode: str
+  times: int
+  flops: dict[str, float]
+  bytes: float
+  cycles: int | None
+  largest: float
 
 
 def costs(text: str) -> Costs:
@@ -104,6 +126,29 @@ def costs(text: str) -> Costs:
   found = tuple(Collective(kind, int(count), size) for kind, (count, size) in carried.items()
                 if count)
   return Costs(flops, moved, found)
+
+
+def kernels(text: str) -> list[Kernel]:
+  """The kernels of a compiled program, in the order of its text.
+
+  Args:
+    text: the optimized HLO.
+  """
+  computations, entry = _parse(text)
+  found = []
+  for scope, instruction, times in _kernels(computations, entry, 1):
+    flops: dict[str, float] = {}
+    for precision, count in _flops(computations, scope, instruction):
+      flops[precision] = flops.get(precision, 0) + count * times
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+    found.append(Kernel(
+        source[1] if source else '', instruction.opcode + (f' {target[1]}' if target else ''),
+        times, flops, _moved(computations, scope, instruction) * times,
+        int(cycles[1]) * times if cycles else None,
+        max((array.in_memory for array in instruction.result), default=0.0)))
+  return found
 
 
 def _parse(text) -> tuple[dict[str, _Computation], str]:
@@ -217,6 +262,10 @@ def _flops(computations, scope, instruction):
       yield _precision(inner_scope, inner), _convolution_flops(inner, shapes)
     elif inner.opcode == 'dot' or '__cublas' in inner.attributes:
       yield _precision(inner_scope, inner), _dot_flops(inner, shapes)
+    elif '__cudnn$fmha' in inner.attributes:
+      yield _precision(inner_scope, inner), _attention_flops(shapes)
+    elif estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)"', inner.attributes):
+      yield 'bfloat16', float(estimate[1])  # of a Pallas kernel, in products of bfloat16
 
 
 def _precision(scope, product):
@@ -224,6 +273,8 @@ def _precision(scope, product):
                 if name in scope and scope[name].result), 'f32')
   if dtype != 'f32':
     return 'float64' if dtype == 'f64' else 'bfloat16'
+  if 'algorithm=dot_bf16_bf16_f32_x3' in product.attributes:
+    return 'three'
   found = re.search(r'operand_precision=\{(\w+)', product.attributes, re.IGNORECASE) or re.search(
       r'"operand_precision":\["(\w+)"', product.attributes)
   return found[1].lower() if found else 'default'
@@ -236,6 +287,12 @@ def _dot_flops(product, shapes):
     return 0.0
   depth = math.prod(shapes[0][int(n)] for n in contracted[1].replace('"', '').split(',') if n)
   return 2.0 * math.prod(product.result[0].shape) * depth
+
+
+def _attention_flops(shapes):
+  """Of scores and weighted values: queries [parts, B, heads, D], keys [parts, n, heads, D]."""
+  queries, keys = shapes[:2]
+  return 4.0 * math.prod(queries) * math.prod(keys) / (keys[0] * keys[2] * keys[3])
 
 
 def _convolution_flops(product, shapes):
@@ -267,8 +324,8 @@ def _moved(computations, scope, instruction):
     return moved * ((source.in_memory > 0) + (target.in_memory > 0))
   reads = 0.0
   for position, name in enumerate(instruction.operands):
-    if name not in scope:
-      continue
+    if name not in scope or (opcode == 'custom-call' and name in instruction.operands[:position]):
+      continue  # keys and values of an attention are read together
     full = sum(array.in_memory for array in scope[name].result)
     called = computations.get(instruction.attribute('calls'))
     if called is not None:

@@ -29,9 +29,9 @@ def on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == 'cpu'
 
 
-def padded(num_rows: int, num_devices: int) -> int:
-  """N', the next multiple of the device count."""
-  return num_rows + -num_rows % num_devices
+def padded(num_rows: int, multiple: int) -> int:
+  """N', the next multiple, e.g. of the device count."""
+  return num_rows + -num_rows % multiple
 
 
 def pad_rows(rows: Any, num_devices: int) -> Any:

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import optax
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
-from instdisc_jax import models, threefry
+from instdisc_jax import kernels, models, threefry
 from instdisc_jax.data import views
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import optimizer as optimizer_lib
@@ -32,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: the encoder's parameters, replicated.
     batch_stats: running batch-norm statistics, replicated.
     opt_state: the optimizer's state, replicated.
-    bank: [N padded to a multiple of the device count, D], rows sharded over the mesh.
+    bank: [N padded to `Setup.padded_rows`, D], rows sharded over the mesh.
     normalizer: scalar, NCE's Z; 0 until it is first estimated.
     classifier: class weights of the parametric softmax, sharded like the bank: {'weights',
       'momentum'}; else None.
@@ -92,7 +93,35 @@ class Setup:
     if config.dataset.path == 'stream' and view_size[0] == view_size[1]:
       config.augment.size = view_size[0]
     config_lib.validate_for_data(config, num_rows, view_size, mesh.size)
-    return cls.of(config, num_rows, mesh)
+    setup = cls.of(config, num_rows, mesh)
+    _ = setup.kernel  # raises where the one that is asked for does not run
+    return setup
+
+  @functools.cached_property
+  def kernel(self) -> kernels.Choice:
+    """How the exact softmax passes over the bank."""
+    config = self.config
+    return kernels.choose(
+        config.loss.kernel, self.mesh.devices.flat[0], dim=config.model.embedding_dim,
+        bank_dtype=config.bank.dtype, compute_dtype=config.model.dtype,
+        largest_logit=bank_lib.LARGEST_NORM / config.loss.temperature)
+
+  @property
+  def padded_rows(self) -> int:
+    """N with the padding: a multiple of the device count, and of what the kernel needs."""
+    multiple = kernels.row_multiple(self.kernel.name) if self.config.loss.name == 'softmax' else 1
+    return mesh_lib.padded(self.num_rows, self.mesh.size * multiple)
+
+  def remarks(self) -> list[str]:
+    """What a user should know about the speed of the loss: lines, or none."""
+    loss, rows = self.config.loss, self.padded_rows // self.mesh.size
+    if loss.name == 'softmax' and self.kernel.reason is not None:
+      return [f'loss.kernel is {self.kernel.name}: {self.kernel.reason}']
+    scored = loss.noise_count * (1 if loss.shared_noise else self.config.batch_size)
+    if loss.name in config_lib.SAMPLED_LOSSES and 2 * scored > rows:
+      return [f'{loss.name} gathers {scored:,} noise rows per step, twice; loss.name=softmax reads '
+              f'the {rows:,} rows of a device once, and is exact']
+    return []
 
   @property
   def reduce_dtype(self) -> Any:
@@ -127,7 +156,7 @@ def make_init(setup: Setup, view_size: tuple[int, int]) -> Callable[[], TrainSta
 
   def rows(key, **how):
     # Drawn with their padding: every device draws its own, and a row depends on its number alone.
-    total = mesh_lib.padded(setup.num_rows, mesh.size)
+    total = setup.padded_rows
     drawn = bank_lib.init(key, total, config.model.embedding_dim, **how)
     return jnp.where(jnp.arange(total)[:, None] < setup.num_rows, drawn, 0)
 

@@ -46,8 +46,9 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
   slot = first + jnp.arange(index.size, dtype=jnp.uint32)
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
   cropped = 'view' in batch
-  images = views.draw(config, views.key(config.seed, place, index),
-                      batch['view' if cropped else 'image'], cropped=cropped, dtype=setup.wide)
+  with jax.named_scope('augmentation'):
+    images = views.draw(config, views.key(config.seed, place, index),
+                        batch['view' if cropped else 'image'], cropped=cropped, dtype=setup.wide)
 
   def encode(params, batch_stats, images):
     features, updated = setup.encoder.apply(
@@ -58,9 +59,9 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
     return features, batch_stats
 
   return update(state, (images, index, _draw_noise(setup, state.step, index)), encode=encode,
-                optimizer=setup.optimizer, loss=config.loss, bank_momentum=config.bank.momentum,
-                num_rows=setup.num_rows, axis_name=AXIS, accumulate_steps=config.accumulate_steps,
-                reduce_dtype=setup.reduce_dtype, unroll=on_cpu(setup.mesh))
+                optimizer=setup.optimizer, config=config, num_rows=setup.num_rows, axis_name=AXIS,
+                reduce_dtype=setup.reduce_dtype, kernel=setup.kernel.name,
+                unroll=on_cpu(setup.mesh))
 
 
 def _draw_noise(setup, step, index):
@@ -75,28 +76,26 @@ def _draw_noise(setup, step, index):
 
 
 def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*B M'] | None], *,
-           encode: Callable, optimizer: optax.GradientTransformation, loss: Any,
-           bank_momentum: float, num_rows: int, axis_name: str | None = None,
-           accumulate_steps: int = 1, reduce_dtype: Any = None,
-           unroll: bool = True) -> tuple[TrainState, Metrics]:
+           config: config_lib.Config, encode: Callable, optimizer: optax.GradientTransformation,
+           num_rows: int, axis_name: str | None = None, reduce_dtype: Any = None,
+           kernel: str = 'xla', unroll: bool = True) -> tuple[TrainState, Metrics]:
   """The method itself: one step on the parameters, the bank and Z, for any encoder.
 
-  With `accumulate_steps` the batch goes through the encoder in parts; parameters and bank are
-  updated once, from all of them. Every part sees the bank as it was before the step; batch-norm
+  With `config.accumulate_steps` the batch goes through the encoder in parts; parameters and bank
+  are updated once, from all of them. Every part sees the bank as it was before the step; batch-norm
   statistics and Z are updated from part to part.
 
   Args:
     state: the state before the step.
     inputs: (images [B, ...], whatever `encode` takes; index [B], their rows; noise_index [B, M] or
       [M], noise rows of the global batch, or None). With `axis_name`, the first two are local.
+    config: of which `loss`, `bank.momentum` and `accumulate_steps`, which divides B, are used.
     encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
     optimizer: an optax transformation.
-    loss: the `loss` settings.
-    bank_momentum: m.
     num_rows: the true N.
     axis_name: mesh axis, or None.
-    accumulate_steps: parts of the batch; divides B.
     reduce_dtype: dtype in which gradients are summed over the axis; by default their own.
+    kernel: how the softmax passes over the bank, see `kernels`.
     unroll: whether to unroll the loop over the parts; for CPUs.
 
   Returns:
@@ -104,8 +103,10 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
     and where applicable 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
     estimate over the Z in use).
   """
+  loss, accumulate_steps = config.loss, config.accumulate_steps
   shared: Any = dict(axis_name=axis_name, num_rows=num_rows)
-  objective = functools.partial(_objective, state=state, encode=encode, loss=loss, **shared)
+  objective = functools.partial(_objective, state=state, encode=encode, loss=loss, kernel=kernel,
+                                **shared)
   params = state.params
   if axis_name is not None:  # each device differentiates its own copy, and they are summed once
     params = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
@@ -127,31 +128,32 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
   grads = jax.tree.map(lambda g: _sum(g / accumulate_steps, axis_name, reduce_dtype), grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   index = _after(inputs[1], sum(metrics.values()))
-  features, classifier = features.reshape(index.size, -1), state.classifier
-  if classifier is not None:
-    gradient = losses.class_weights_gradient(
-        features, classifier['weights'], index, per_image.reshape(-1),
-        temperature=loss.temperature, block_rows=loss.block_rows, **shared)
-    classifier = _update_classifier(classifier, gradient, optimizer, state.step)
-  return TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-      bank=bank_lib.update(state.bank, index, features, momentum=bank_momentum,
-                           axis_name=axis_name),
-      normalizer=normalizer, classifier=classifier), metrics
+  with jax.named_scope('update'):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    features, classifier = features.reshape(index.size, -1), state.classifier
+    if classifier is not None:
+      gradient = losses.class_weights_gradient(
+          features, classifier['weights'], index, per_image.reshape(-1),
+          temperature=loss.temperature, block_rows=loss.block_rows, **shared)
+      classifier = _update_classifier(classifier, gradient, optimizer, state.step)
+    return TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        bank=bank_lib.update(state.bank, index, features, momentum=config.bank.momentum,
+                             axis_name=axis_name),
+        normalizer=normalizer, classifier=classifier), metrics
 
 
 def _objective(params, batch_stats, normalizer, images, index, noise_index, *, state, encode, loss,
-               **shared):
+               kernel, **shared):
   """(the global loss, (features, loss per image, batch_stats, Z, metrics)) of a part of a batch."""
   mean = functools.partial(_mean, axis_name=shared['axis_name'])
   features, batch_stats = encode(params, batch_stats, images)
   per_image, normalizer, metrics = _loss(features, index, noise_index, normalizer, state=state,
-                                         loss=loss, **shared)
+                                         loss=loss, kernel=kernel, **shared)
   metrics['feature_mean_norm'] = mean_norm(features, shared['axis_name'])
   value = mean(per_image)
   if loss.proximal_weight:
@@ -161,14 +163,15 @@ def _objective(params, batch_stats, normalizer, images, index, noise_index, *, s
   return value, (features, per_image, batch_stats, normalizer, metrics | {'loss': value})
 
 
-def _loss(features, index, noise_index, normalizer, *, state, loss, **shared):
+def _loss(features, index, noise_index, normalizer, *, state, loss, kernel, **shared):
   """(loss [B], Z, metrics) of the configured loss."""
   shared['temperature'] = loss.temperature
   match loss.name:
     case 'softmax':
-      value = losses.softmax_loss(features, state.bank, index, block_rows=loss.block_rows, **shared)
-    case 'parametric_softmax':
-      value = losses.softmax_loss(features, state.classifier['weights'], index,
+      value = losses.softmax_loss(features, state.bank, index, kernel=kernel,
+                                  block_rows=loss.block_rows, **shared)
+    case 'parametric_softmax':  # its weights have any norm
+      value = losses.softmax_loss(features, state.classifier['weights'], index, largest_norm=None,
                                   block_rows=loss.block_rows, **shared)
     case 'sampled_softmax':
       value = losses.sampled_softmax_loss(features, state.bank, index, noise_index, **shared)
@@ -301,5 +304,7 @@ def over_mesh(setup: Setup, feed: Any, step_fn: Callable = train_step) -> Any:
   """
   steps = functools.partial(train_steps, step_fn=functools.partial(step_fn, setup=setup),
                             take=feed.take)
+  # The log-sum-exp of cuDNN's attention must not be rounded to 16 bits, see `kernels.cudnn`.
+  options: Any = {'xla_allow_excess_precision': True} if setup.kernel.name == 'cudnn' else None
   return jax.jit(jax.shard_map(steps, mesh=setup.mesh, in_specs=(SPECS, feed.specs, P()),
-                               out_specs=(SPECS, P())), donate_argnums=0)
+                               out_specs=(SPECS, P())), donate_argnums=0, compiler_options=options)

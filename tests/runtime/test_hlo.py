@@ -143,3 +143,51 @@ def test_a_loop_whose_length_is_not_stated_is_counted_by_its_condition():
   assert hlo.costs(LOOP).flops == {'default': 5 * 2 * 8**3}
   unknown = LOOP.replace('constant(6)', 'parameter(6)')
   assert hlo.costs(unknown).flops == {'default': 2 * 8**3}
+
+
+ATTENTION = """
+HloModule jit_step
+
+ENTRY %main (q: f16[4,256,1,128], kv: f16[4,1000,1,128]) -> f16[4,256,1,128] {
+  %q = f16[4,256,1,128]{3,2,1,0} parameter(0)
+  %kv = f16[4,1000,1,128]{3,2,1,0} parameter(1)
+  %fmha = (f16[4,256,1,128]{3,2,1,0}, f32[4,1,256]{2,1,0}, u8[0]{0}) custom-call(%q, %kv, %kv), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(step)/softmax_loss/attention"}
+  ROOT %out = f16[4,256,1,128]{3,2,1,0} get-tuple-element(%fmha), index=0
+}
+"""  # noqa: E501
+
+PALLAS = """
+HloModule jit_step
+
+ENTRY %main (q: bf16[256,128], rows: bf16[1000,128]) -> f32[256,128] {
+  %q = bf16[256,128]{1,0} parameter(0)
+  %rows = bf16[1000,128]{1,0} parameter(1)
+  ROOT %sums = f32[256,128]{1,0} custom-call(%q, %rows), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/softmax_loss/pallas_call"}, backend_config={"custom_call_config":{"body":"AAAA","cost_estimate":{"flops":"131072000","transcendentals":"256000","bytes_accessed":"256000"}}}
+}
+"""  # noqa: E501
+
+
+def test_fused_attention_reads_its_rows_once_and_has_the_flops_of_two_products():
+  queries, rows = 4 * 256 * 128 * 2, 4 * 1000 * 128 * 2
+  found, = hlo.kernels(ATTENTION)
+  assert (found.opcode, found.times) == ('custom-call __cudnn$fmhaSoftmax', 1)
+  assert found.source == 'jit(step)/softmax_loss/attention'
+  assert found.flops == {'bfloat16': 4 * 4 * 256 * 1000 * 128}
+  assert queries + rows < found.bytes <= 2 * queries + rows + 4 * 4 * 256
+  assert found.cycles is None and found.largest == queries
+
+
+def test_a_pallas_kernel_s_flops_are_those_that_it_states():
+  found, = hlo.kernels(PALLAS)
+  assert found.flops == {'bfloat16': 131072000}
+  assert found.bytes == 2 * 128 * (256 + 1000) + 4 * 256 * 128
+
+
+def test_kernels_add_up_to_the_costs_of_their_program():
+  step = lambda i, x: jnp.sin(x @ x)
+  text = jax.jit(lambda x: lax.fori_loop(0, 7, step, x)).lower(
+      jnp.zeros((64, 64))).compile().as_text()
+  total = hlo.costs(text)
+  assert sum(kernel.bytes for kernel in hlo.kernels(text)) == total.bytes
+  assert sum(sum(kernel.flops.values()) for kernel in hlo.kernels(text)) == sum(
+      total.flops.values())

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from instdisc_jax import kernels
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import state as state_lib
 from tests.conftest import small_config
@@ -40,3 +41,23 @@ def test_a_setup_has_the_encoder_and_optimizer_of_its_configuration():
   assert setup.wide == np.float32
   config.model.dtype = 'bfloat16'
   assert state_lib.Setup.of(config, 128, setup.mesh).wide == np.float32
+
+
+@pytest.mark.parametrize('loss, line', [
+    (dict(name='softmax'), None),  # on a CPU, XLA is as good as it gets
+    (dict(name='nce', noise_count=20), 'nce gathers 320 noise rows per step, twice; loss.name='
+     'softmax reads the 12 rows of a device once, and is exact'),
+    (dict(name='nce', noise_count=5, shared_noise=True), None)])
+def test_a_run_says_where_the_exact_softmax_would_be_cheaper(loss, line):
+  setup = tiny.make_setup(tiny.config(**loss), 4)
+  assert setup.remarks() == ([] if line is None else [line])
+
+
+def test_a_gpu_s_rows_are_padded_for_its_kernel_and_a_fallback_is_explained():
+  setup = tiny.make_setup(tiny.config(name='softmax'), 4)
+  for choice, rows, lines in (
+      (kernels.Choice('cudnn'), 1024, []),
+      (kernels.Choice('xla', 'it is an old card'), 48, ['loss.kernel is xla: it is an old card'])):
+    vars(setup)['kernel'] = choice  # as it would be chosen there
+    assert (setup.padded_rows, setup.remarks()) == (rows, lines)
+    assert jax.eval_shape(state_lib.make_init(setup, (8, 8))).bank.shape[0] == rows
