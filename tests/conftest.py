@@ -66,6 +66,14 @@ def trained(tmp_path_factory):
   return workdir, json.loads((workdir / 'summary.json').read_text()), config
 
 
+@pytest.fixture
+def interpreted():
+  """TPU kernels run on a CPU, as JAX interprets them."""
+  from jax.experimental.pallas import tpu as pltpu  # here, since it takes most of a second
+  with pltpu.force_tpu_interpret_mode():
+    yield
+
+
 def smooth_images(count=4, height=32, width=32):
   """Smooth color images with all values from dark to bright, as uint8."""
   random = np.random.default_rng(0)

@@ -4,6 +4,7 @@ Each function returns `Deviation`s, which the tests compare with the tolerances 
 benchmarks/parity.py writes into docs/parity.md. All of them use public functions only.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -13,6 +14,7 @@ import zlib
 import flax.linen as nn
 import jax
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -537,7 +539,9 @@ def _cases():
   """Name of a comparison -> (function without arguments, whether it is slow)."""
   def case(fn, *args, wide=None, slow=False, **kwargs):
     def compare():
-      with jax.enable_x64(bool(wide)):
+      interpreted = (contextlib.nullcontext() if kwargs.get('kernel') != 'pallas' else
+                     pltpu.force_tpu_interpret_mode())
+      with jax.enable_x64(bool(wide)), interpreted:
         return fn(*args, **({} if wide is None else {'wide': wide}), **kwargs)
     precision = {None: '', False: ' float32', True: ' float64'}[wide]
     devices = f' on {kwargs["num_devices"]}' if kwargs.get('num_devices') else ''

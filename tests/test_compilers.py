@@ -138,7 +138,7 @@ def test_the_softmax_reads_the_bank_once_and_writes_no_score(topology, kernel, b
   found = json.loads(done.stdout.splitlines()[-1])
   assert found['bytes'] <= 1.2 * found['bank'] + 64 * 4 * batch * (dim + 128)
   assert found['largest'] <= max(found['bank'], 4 * 256 * 128 * 2 * dim)
-  assert found['temporary'] < 0.2 * found['bank']
+  assert found['temporary'] < 0.2 * found['bank'] + 3 * 256 * 128 * 2 * dim
   if kernel == 'cudnn':  # its log-sum-exp [parts, 1, B] stays float32
     parts = max(1, 256 * 128 // max(128, batch))
     shapes = (f'[{parts},{batch}]', f'[{parts},1,{batch}]', f'[{parts},{batch},1]')

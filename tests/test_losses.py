@@ -10,6 +10,7 @@ from instdisc_jax import losses
 from instdisc_jax.runtime import mesh as mesh_lib
 from tests import twins
 
+pytestmark = pytest.mark.usefixtures('interpreted')
 N, D, B = 203, 16, 16
 TEMPERATURE, NORMALIZER = 0.1, 900.0
 

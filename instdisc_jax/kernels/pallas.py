@@ -38,7 +38,10 @@ def obstacle(device: Any, dim: int, dtype: Any) -> str | None:
 
 def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
                  num_local: Int[Array, ''] | int, *, shift: float) -> Sums:
-  """See `kernels.partial_sums`; `shift` is the peak. Elsewhere than on TPUs it is interpreted."""
+  """See `kernels.partial_sums`; `shift` is the peak.
+
+  On other platforms it runs inside `pltpu.force_tpu_interpret_mode()` alone, slowly.
+  """
   batch, dim = queries.shape
   strip = min(_STRIP, -(-batch // 16) * 16)
   strips = -(-batch // strip)
@@ -50,8 +53,8 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
                                             manual_axis_type=jax.typeof(rows).manual_axis_type)
   grid = pl.cdiv(len(queries), tile), pl.cdiv(rows.shape[0], block)
   products = 2 if rows.dtype == jnp.bfloat16 else 6
-  call = functools.partial(
-      pl.pallas_call, functools.partial(_kernel, strip=strip, shift=shift),
+  total, weighted = pl.pallas_call(
+      functools.partial(_kernel, strip=strip, shift=shift),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1, grid=grid, out_specs=[by_tile(_LANES), by_tile(dim)],
           in_specs=[by_tile(dim), pl.BlockSpec((block, dim), lambda tile, block, _: (block, 0))]),
@@ -60,10 +63,8 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
           dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=_MEMORY),
       cost_estimate=pl.CostEstimate(
           flops=2 * products * len(queries) * rows.size, transcendentals=len(queries) * len(rows),
-          bytes_accessed=grid[0] * rows.size * rows.dtype.itemsize))
-  total, weighted = lax.platform_dependent(
-      jnp.asarray(num_local, jnp.int32).reshape(1), queries.astype(rows.dtype), rows,
-      tpu=call(), default=call(interpret=pltpu.InterpretParams()))
+          bytes_accessed=grid[0] * rows.size * rows.dtype.itemsize),
+  )(jnp.asarray(num_local, jnp.int32).reshape(1), queries.astype(rows.dtype), rows)
   return Sums(jnp.float32(shift), total[:batch].sum(axis=1), weighted[:batch])
 
 

@@ -13,6 +13,7 @@ from instdisc_jax.runtime import errors
 from instdisc_jax.runtime import mesh as mesh_lib
 from tests import twins
 
+interpreted = pytest.mark.usefixtures('interpreted')
 D = 16
 NARROW = [('xla', 'bfloat16'), ('xla', 'float16'), ('cudnn', 'bfloat16'), ('cudnn', 'float16'),
           ('pallas', 'bfloat16')]
@@ -40,6 +41,7 @@ def _assert_equals_the_twin(found, features, bank, index, temperature, errors):
     np.testing.assert_allclose(value, expected, rtol=error, atol=error)
 
 
+@interpreted
 @pytest.mark.parametrize('kernel', kernels.NAMES)
 @pytest.mark.parametrize('batch, num_rows', [(1, 1), (1, 2100), (17, 127), (300, 3), (300, 2100)])
 def test_any_batch_and_any_number_of_rows(kernel, batch, num_rows):
@@ -49,6 +51,7 @@ def test_any_batch_and_any_number_of_rows(kernel, batch, num_rows):
   _assert_equals_the_twin(found, features, bank, index, 0.07, ERRORS[kernel])
 
 
+@interpreted
 def test_a_batch_of_several_tiles():
   features, bank, index = _unit_inputs(9000, 130)
   found = _loss_and_gradient(features, jnp.asarray(bank, jnp.float32), index, temperature=0.07,
@@ -56,6 +59,7 @@ def test_a_batch_of_several_tiles():
   _assert_equals_the_twin(found, features, bank, index, 0.07, ERRORS['pallas'])
 
 
+@interpreted
 @pytest.mark.parametrize('kernel', kernels.NAMES)
 @pytest.mark.parametrize('num_rows, multiple', [(5, 1), (203, 1), (1030, 256)])
 def test_padding_may_hold_anything_and_may_be_all_that_a_device_has(kernel, num_rows, multiple):
@@ -94,6 +98,7 @@ def test_blocks_cover_every_row_once(num_rows, padding, block_rows, temperature)
                                rtol=1e-12, atol=1e-12)
 
 
+@interpreted
 @pytest.mark.parametrize('kernel', kernels.NAMES)
 @pytest.mark.parametrize('scale', [1.0, 3**0.5])
 def test_the_bound_on_the_scores_holds_to_the_smallest_temperature(kernel, scale):
@@ -136,6 +141,7 @@ def test_a_traced_temperature_has_a_running_maximum():
   np.testing.assert_allclose(fn(0.002), twins.softmax(features, bank, index, 0.002)[0], rtol=1e-3)
 
 
+@interpreted
 @pytest.mark.parametrize('kernel, dtype', NARROW)
 def test_an_image_s_own_row_is_scored_like_the_others(kernel, dtype):
   """With one row, the log-sum-exp is that row's logit, to the last bit of the narrow bank."""
@@ -146,6 +152,7 @@ def test_an_image_s_own_row_is_scored_like_the_others(kernel, dtype):
   np.testing.assert_allclose(gradient, 0, atol=0.07)  # of rows rounded to 2^-9, over τ
 
 
+@interpreted
 @pytest.mark.parametrize('kernel, dtype', NARROW)
 def test_narrow_banks_cost_their_rounding(kernel, dtype):
   error = {'bfloat16': (0.05, 0.05), 'float16': (0.01, 0.01)}[dtype]
@@ -196,6 +203,7 @@ def test_a_kernel_that_cannot_run_is_a_user_error(wanted, platform, changes, why
   assert _choose('xla', platform).name == 'xla'
 
 
+@interpreted
 def test_a_kernel_s_result_is_the_same_on_eight_devices():
   features, bank, index = _unit_inputs(16, 203)
   local = P(mesh_lib.AXIS)
@@ -209,3 +217,17 @@ def test_a_kernel_s_result_is_the_same_on_eight_devices():
                                     out_specs=local))(
         features.astype('f4'), mesh_lib.pad_rows(bank.astype('f4'), 8), index)
     np.testing.assert_allclose(sharded, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_tpu_kernel_lowers_for_tpus_with_no_score_in_its_program(dtype, num_devices):
+  kwargs = dict(temperature=0.07, kernel='pallas')
+  array = jax.ShapeDtypeStruct
+  arrays = array((64, 128), jnp.float32), array((4000, 128), dtype), array((64,), jnp.int32)
+  fn = functools.partial(losses.softmax_loss, **kwargs)
+  if num_devices:
+    fn = jax.shard_map(functools.partial(fn, axis_name=mesh_lib.AXIS, num_rows=3999),
+                       mesh=mesh_lib.make(), in_specs=P(mesh_lib.AXIS), out_specs=P(mesh_lib.AXIS))
+  text = jax.jit(fn).trace(*arrays).lower(lowering_platforms=('tpu',)).as_text()
+  assert text.count('tpu_custom_call') == 1 and 'x4000xf32>' not in text
