@@ -125,7 +125,9 @@ def test_a_bank_too_large_is_refused_with_what_would_help(tmp_path):
 @pytest.mark.parametrize('topology, kernel, batch, dim, dtype', [
     ('v5e:1x1', 'pallas', 1, 128, 'bfloat16'), ('v5e:2x2', 'pallas', 256, 128, 'bfloat16'),
     ('v5e:2x2', 'pallas', 256, 128, 'float32'), ('v5e:2x2', 'pallas', 4096, 128, 'bfloat16'),
-    ('v5e:2x2', 'pallas', 4096, 128, 'float32'), ('v6e:2x2', 'pallas', 256, 32, 'bfloat16'),
+    ('v5e:2x2', 'pallas', 4096, 128, 'float32'),
+    ('v5e:2x2', 'pallas', 16384, 128, 'bfloat16'),
+    ('v6e:2x2', 'pallas', 256, 128, 'bfloat16'),
     ('v5e:2x2', 'pallas', 1000, 256, 'bfloat16'), ('v5e:2x2', 'xla', 256, 128, 'bfloat16'),
     ('h100:1', 'cudnn', 1, 128, 'float16'), ('h100:1', 'cudnn', 256, 128, 'float16'),
     ('h100:8', 'cudnn', 2048, 128, 'bfloat16'), ('h100:1', 'cudnn', 256, 32, 'float16')])
@@ -136,20 +138,14 @@ def test_the_softmax_reads_the_bank_once_and_writes_no_score(topology, kernel, b
       [sys.executable, '-m', 'tests.kernels.absent', topology, kernel, str(batch), str(num_rows),
        str(dim), dtype], check=True, capture_output=True, text=True)
   found = json.loads(done.stdout.splitlines()[-1])
-  assert found['bytes'] <= 1.2 * found['bank'] + 64 * 4 * batch * (dim + 128)
+  reads = -(-batch // 4096)  # of the bank: once for a tile of queries
+  assert found['bytes'] <= 1.2 * reads * found['bank'] + 64 * 4 * batch * (dim + 128)
   assert found['largest'] <= max(found['bank'], 4 * 256 * 128 * 2 * dim)
   assert found['temporary'] < 0.2 * found['bank'] + 3 * 256 * 128 * 2 * dim
   if kernel == 'cudnn':  # its log-sum-exp [parts, 1, B] stays float32
     parts = max(1, 256 * 128 // max(128, batch))
     shapes = (f'[{parts},{batch}]', f'[{parts},1,{batch}]', f'[{parts},{batch},1]')
     assert not [array for array in found['narrow'] if array.endswith(shapes)]
-
-
-def test_the_softmax_of_16384_queries_compiles_for_a_tpu(tmp_path):
-  code, found = _compile(tmp_path, 'fake.py', 'v5e:4x4', 'step', **_SMALL | {
-      'batch_size': 16384, 'loss.name': 'softmax', 'bank.dtype': 'bfloat16',
-      'dataset.name': 'fake:1281167'})
-  assert code == 0, found['verdict']
 
 
 def test_a_deterministic_step_of_a_gpu_has_no_sort():

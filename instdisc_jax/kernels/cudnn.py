@@ -20,6 +20,7 @@ from instdisc_jax.kernels.xla import Sums
 
 MOST_PARTS = 256  # 128 queries at a time and two blocks on each of some 130 multiprocessors
 _TILE = 128  # queries of one block
+_FEWEST = 8  # queries; for one, XLA does not remove the rounding of the log-sum-exp
 _PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 _CAPABILITY = 8.0  # the least
 _MOST_DIM = 128  # of cuDNN's attention; up to 256 on some cards only
@@ -45,7 +46,8 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
   Elsewhere than on NVIDIA GPUs the same attention runs through XLA, with its operands at full
   precision or, to measure what that costs, `rounded` as cuDNN rounds them.
   """
-  n, dim = rows.shape
+  (batch, dim), n = queries.shape, rows.shape[0]
+  queries = jnp.pad(queries, ((0, max(0, _FEWEST - batch)), (0, 0)))
   parts = max(1, MOST_PARTS * _TILE // max(_TILE, queries.shape[0]))
   while n % parts:
     parts -= 1
@@ -66,7 +68,7 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
   peak = logsumexp.max(axis=0)
   weight = jnp.where(empty, 0, jnp.exp(logsumexp - peak))
   weighted = jnp.einsum('pb,pbd->bd', weight, mean_row, precision=lax.Precision.HIGHEST)
-  return Sums(peak, weight.sum(axis=0), weighted)
+  return Sums(peak[:batch], weight.sum(axis=0)[:batch], weighted[:batch])
 
 
 def _attend(queries, rows, lengths, *, implementation, operand_dtype, result_dtype):

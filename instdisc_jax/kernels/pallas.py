@@ -29,8 +29,8 @@ def obstacle(device: Any, dim: int, dtype: Any) -> str | None:
   """Why the kernel cannot pass over rows of this size and dtype there, in words; None if it can."""
   if device.platform != 'tpu':
     return f'the devices are {device.platform.upper()}s'
-  if dim > _MOST_DIM:
-    return f'the TPU kernel takes embeddings of up to {_MOST_DIM}, not {dim}'
+  if dim % _LANES or dim > _MOST_DIM:  # XLA keeps narrower rows transposed, and would copy them
+    return f'the TPU kernel takes embeddings in multiples of {_LANES} up to {_MOST_DIM}, not {dim}'
   if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
     return f'the TPU kernel takes float32 and bfloat16, and the bank is {jnp.dtype(dtype)}'
   return None
@@ -63,7 +63,8 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
           dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=_MEMORY),
       cost_estimate=pl.CostEstimate(
           flops=2 * products * len(queries) * rows.size, transcendentals=len(queries) * len(rows),
-          bytes_accessed=grid[0] * rows.size * rows.dtype.itemsize),
+          bytes_accessed=(grid[0] * rows.size + queries.size) * rows.dtype.itemsize
+          + 4 * len(queries) * (_LANES + dim)),
   )(jnp.asarray(num_local, jnp.int32).reshape(1), queries.astype(rows.dtype), rows)
   return Sums(jnp.float32(shift), total[:batch].sum(axis=1), weighted[:batch])
 

@@ -316,6 +316,8 @@ def _convolution_flops(product, shapes):
 def _moved(computations, scope, instruction):
   """Bytes that a kernel reads from memory and writes to it."""
   opcode = instruction.opcode
+  if stated := re.search(r'"cost_estimate":\{.*?"bytes_accessed":"(\d+)"', instruction.attributes):
+    return float(stated[1])  # of a Pallas kernel, which may read its operands several times
   if opcode in ('copy-start', 'slice-start', 'dynamic-slice-start'):  # between memory spaces
     # (target, source, context), or ((source, positions...), target, context)
     source, target = (instruction.result[1::-1] if opcode == 'copy-start' else

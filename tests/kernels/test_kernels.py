@@ -177,6 +177,7 @@ def _choose(wanted, platform, **changes):
     ('tpu', {}, 'pallas', None),
     ('tpu', {'largest_logit': 200.0}, 'xla', 'running maximum'),
     ('tpu', {'bank_dtype': 'float16'}, 'xla', 'float16'),
+    ('tpu', {'dim': 64}, 'xla', 'not 64'),
     ('gpu', {}, 'cudnn', None),
     ('cuda', {'bank_dtype': 'float16', 'compute_dtype': 'float32'}, 'cudnn', None),
     ('cuda', {'compute_dtype': 'float32'}, 'xla', 'bank.dtype=float16 is faster'),
