@@ -3,9 +3,10 @@
     python benchmarks/loss_error.py [--rows=100000]
 
 Against dense float64 on the same float32 features and rows: τ = 0.07, each image at cosine 0.9 to
-its own row, the other rows random. On a CPU: Pallas is interpreted, and cuDNN's attention runs
-through XLA with operands rounded as cuDNN rounds them, so this shows what the formats cost, not
-what a GPU's order of summation adds. Writes docs/concepts/exactness.md between its markers.
+its own row, the other rows random. On a CPU: Pallas is interpreted, and cuDNN's attention is
+imitated, with operands, weights and results rounded where cuDNN rounds them, so this shows what the
+formats cost, not what a GPU's order of summation adds. Writes docs/concepts/exactness.md between
+its markers.
 """
 
 import argparse
@@ -45,6 +46,20 @@ def dense(features, bank, index):
   return loss, (p / total @ bank - bank[index]) / TEMPERATURE
 
 
+def attention(queries, rows, lengths, *, operand_dtype, result_dtype, **_):
+  """What cuDNN's attention computes, in float32 with its roundings; all rows belong to images."""
+  del lengths, operand_dtype
+  bits = jnp.finfo(jnp.float16 if rows.dtype == jnp.float32 else rows.dtype)
+  narrow = lambda x: jax.lax.reduce_precision(x.astype(jnp.float32), bits.nexp, bits.nmant)
+  rows = narrow(rows[:, :, 0])
+  logits = jnp.einsum('bd,pnd->pbn', narrow(queries), rows, precision='highest')
+  peak = logits.max(axis=2, keepdims=True)
+  weight = jnp.exp(logits - peak)
+  total = weight.sum(axis=2, keepdims=True)
+  mean_row = narrow(jnp.einsum('pbn,pnd->pbd', narrow(weight), rows, precision='highest') / total)
+  return (peak + jnp.log(total))[:, :, 0].astype(result_dtype), mean_row.astype(result_dtype)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,8 +72,7 @@ def main():
   other = bank_lib.normalize(other - (other * bank[index]).sum(1, keepdims=True) * bank[index])
   features = 0.9 * bank[index] + (1 - 0.9**2) ** 0.5 * other
   loss, gradient = dense(*(np.asarray(x, np.float64) for x in (features, bank)), np.asarray(index))
-  rounded = cudnn.partial_sums
-  cudnn.partial_sums = functools.partial(rounded, rounded=True)
+  cudnn._attend = attention
   rows = []
   for kernel, dtype, meaning in CASES:
     fn = functools.partial(losses.softmax_loss, bank=bank.astype(dtype), index=index,

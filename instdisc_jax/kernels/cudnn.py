@@ -40,11 +40,10 @@ def obstacle(device: Any, dim: int, dtype: Any) -> str | None:
 
 
 def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
-                 num_local: Int[Array, ''] | int, *, rounded: bool = False) -> Sums:
+                 num_local: Int[Array, ''] | int) -> Sums:
   """See `kernels.partial_sums`. The rows are best a multiple of `MOST_PARTS`.
 
-  Elsewhere than on NVIDIA GPUs the same attention runs through XLA, with its operands at full
-  precision or, to measure what that costs, `rounded` as cuDNN rounds them.
+  Elsewhere than on NVIDIA GPUs the same attention runs through XLA, at full precision.
   """
   (batch, dim), n = queries.shape, rows.shape[0]
   queries = jnp.pad(queries, ((0, max(0, _FEWEST - batch)), (0, 0)))
@@ -56,7 +55,7 @@ def partial_sums(queries: Float[Array, 'B D'], rows: Float[Array, 'n D'],
   narrow = rows.dtype if rows.dtype.itemsize == 2 else jnp.float16
   attend = lambda implementation, dtype: functools.partial(
       _attend, implementation=implementation, operand_dtype=dtype, result_dtype=queries.dtype)
-  bodies = {'default': attend('xla', narrow if rounded else queries.dtype)}
+  bodies = {'default': attend('xla', queries.dtype)}
   if any(map(importlib.util.find_spec, _PLUGINS)):  # JAX refuses to trace it without cuDNN
     bodies['cuda'] = attend('cudnn', narrow)
   # cuDNN has no sums over nothing: a part without rows gets one, and its result is dropped below.

@@ -31,9 +31,10 @@ _max_pool: Any = jax.custom_vjp(_pool, nondiff_argnums=(1, 2, 3))
 
 
 def _forward(x, size, stride, padding):
-  pooled = _pool(x, size, stride, padding)
-  # Compilers drop what the platform's gradient does not use.
-  return pooled, (x, winners(x, pooled, size, stride, padding))
+  with jax.named_scope('max_pool'):
+    pooled = _pool(x, size, stride, padding)
+    # Compilers drop what the platform's gradient does not use.
+    return pooled, (x, winners(x, pooled, size, stride, padding))
 
 
 def _backward(size, stride, padding, saved, gradient):
@@ -42,7 +43,8 @@ def _backward(size, stride, padding, saved, gradient):
                                                          padding)
   scatter = lambda x, _, gradient: jax.vjp(
       lambda x: _pool(x, size, stride, padding), x)[1](gradient)[0]
-  return lax.platform_dependent(x, winner, gradient, cuda=gather, default=scatter),
+  with jax.named_scope('max_pool'):
+    return lax.platform_dependent(x, winner, gradient, cuda=gather, default=scatter),
 
 
 _max_pool.defvjp(_forward, _backward)
