@@ -266,7 +266,8 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
                      for name in _PER_ROW if restored.get(name) is not None}
 
 
-def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding) -> dict[str, Any]:
+def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding,
+              at_least: int = 0) -> dict[str, Any]:
   """The bank and class weights of the newest intact checkpoint; all processes must call this.
 
   Every device reads its own rows.
@@ -274,10 +275,11 @@ def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding) -> dict[s
   Args:
     folder: the folder of a run's checkpoints.
     sharding: how to shard the rows.
+    at_least: number of rows to pad them to, if they are fewer.
 
   Returns:
     {'num_rows': N, 'bank', 'classifier'}, the latter two padded to a multiple of the number of
-    devices; None if the checkpoint lacks them.
+    devices or to `at_least`; None if the checkpoint lacks them.
 
   Raises:
     errors.UserError: there is no intact checkpoint.
@@ -285,7 +287,7 @@ def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding) -> dict[s
   with _newest(folder) as (manager, step, metadata):
     count = _num_rows(files.place(folder) / str(step), metadata)
     tree = {name: metadata.tree[name] for name in _PER_ROW if metadata.tree.get(name) is not None}
-    total = 0 if count is None else mesh_lib.padded(count, sharding.num_devices)
+    total = 0 if count is None else max(at_least, mesh_lib.padded(count, sharding.num_devices))
     padded = lambda rows: jax.ShapeDtypeStruct((total, rows.shape[1]), rows.dtype,
                                                sharding=sharding)
     rows = _restore_like(manager, step, jax.tree.map(padded, tree)) if tree else {}

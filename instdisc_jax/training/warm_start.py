@@ -103,7 +103,7 @@ def with_rows(state: TrainState, place: str, dataset: data.Dataset,
   if not files.place(place).is_dir():
     return state
   old = checkpoint.read_rows(files.place(place) / 'checkpoints',
-                             NamedSharding(mesh, P(AXIS)))
+                             NamedSharding(mesh, P(AXIS)), at_least=len(state.bank))
   known = None if old['bank'] is None else _known_rows(place, dataset)
   if known is _ALL:
     take = lambda fresh, before: before.astype(fresh.dtype)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import data, models
+from instdisc_jax import data, kernels, models
 from instdisc_jax.data import folder
 from instdisc_jax.interop import layouts
 from instdisc_jax.runtime import checkpoint, errors
@@ -113,3 +113,17 @@ def test_known_images_keep_bank_rows_and_class_weights_and_new_ones_get_fresh_on
     np.testing.assert_array_equal(values[:7][~known],
                                   np.asarray(fresh.classifier[name])[:7][~known])
     assert not values[7:].any() and state.classifier[name].sharding == fresh.bank.sharding
+
+
+def test_all_rows_of_a_run_are_padded_as_the_new_run_s_kernel_needs(trained):
+  workdir, _, config = trained
+  dataset = data.load(config.dataset, config.seed)
+  mesh = mesh_lib.make(jax.devices()[:4])
+  setup = state_lib.Setup.of(config, 128, mesh)
+  vars(setup)['kernel'] = kernels.Choice('cudnn')  # as on a GPU
+  fresh = state_lib.make_init(setup, (32, 32))()
+  state = warm_start.with_rows(fresh, str(workdir), dataset, lambda *_: (), mesh)
+  bank = checkpoint.read(workdir / 'checkpoints', ['bank'])['bank']
+  assert state.bank.shape == fresh.bank.shape == (1024, 16)
+  np.testing.assert_array_equal(state.bank[:128], bank)
+  assert not np.any(state.bank[128:])
