@@ -27,8 +27,8 @@ PAGE = common.ROOT / 'docs' / 'concepts' / 'exactness.md'
 START, END = '<!-- loss_error.py -->', '<!-- /loss_error.py -->'
 CASES = (  # kernel, dtype of the bank, what it stands for
     ('xla', 'float32', '`xla` on a CPU'),
-    ('pallas', 'float32', '`pallas`, and `xla` on a GPU or TPU (three products of bfloat16 parts)'),
-    ('pallas', 'bfloat16', '`pallas` and `xla`'),
+    ('pallas', 'float32', '`pallas`: three products of bfloat16 parts, as `xla` on a GPU or TPU'),
+    ('pallas', 'bfloat16', '`pallas`'),
     ('cudnn', 'float16', '`cudnn`'),
     ('cudnn', 'float32', '`cudnn`, which rounds the rows to float16'),
     ('cudnn', 'bfloat16', '`cudnn`'),

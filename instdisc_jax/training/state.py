@@ -119,8 +119,8 @@ class Setup:
       return [f'loss.kernel is {self.kernel.name}: {self.kernel.reason}']
     scored = loss.noise_count * (1 if loss.shared_noise else self.config.batch_size)
     if loss.name in config_lib.SAMPLED_LOSSES and 2 * scored > rows:
-      return [f'{loss.name} gathers {scored:,} noise rows per step, twice; loss.name=softmax reads '
-              f'the {rows:,} rows of a device once, and is exact']
+      return [f'{loss.name} scores {scored:,} noise rows per step, one by one or among all; '
+              f'loss.name=softmax reads the {rows:,} rows of a device once, and is exact']
     return []
 
   @property

@@ -45,8 +45,8 @@ def test_a_setup_has_the_encoder_and_optimizer_of_its_configuration():
 
 @pytest.mark.parametrize('loss, line', [
     (dict(name='softmax'), None),  # on a CPU, XLA is as good as it gets
-    (dict(name='nce', noise_count=20), 'nce gathers 320 noise rows per step, twice; loss.name='
-     'softmax reads the 12 rows of a device once, and is exact'),
+    (dict(name='nce', noise_count=20), 'nce scores 320 noise rows per step, one by one or among '
+     'all; loss.name=softmax reads the 12 rows of a device once, and is exact'),
     (dict(name='nce', noise_count=5, shared_noise=True), None)])
 def test_a_run_says_where_the_exact_softmax_would_be_cheaper(loss, line):
   setup = tiny.make_setup(tiny.config(**loss), 4)
