@@ -182,7 +182,8 @@ def test_the_step_takes_its_noise_from_the_bank(monkeypatch):
   assert seen[0] == ((B,), 20, N)  # for the global batch, over the true rows
 
 
-def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer=80.0):
+def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer=80.0,
+                    kernel='xla'):
   """(parameters, bank [N, D], metrics) after steps of a linear encoder: it has no batch norm."""
   random = np.random.default_rng(0)
   config = tiny.config(**loss)
@@ -201,7 +202,7 @@ def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer
   noise_index = random.integers(0, N, 30 if loss.get('shared_noise') else (B, 30))
   step = functools.partial(
       step_lib.update, encode=lambda w, stats, x: (bank_lib.normalize(x @ w), stats),
-      optimizer=optimizer, config=config, num_rows=N, axis_name=mesh_lib.AXIS)
+      optimizer=optimizer, config=config, num_rows=N, axis_name=mesh_lib.AXIS, kernel=kernel)
   sharded, replicated = P(mesh_lib.AXIS), P()
   inputs = sharded, sharded, replicated
   run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(state_lib.SPECS, inputs),
@@ -228,6 +229,19 @@ def test_accumulated_parts_make_the_same_step_as_the_full_batch(loss, num_device
   chex.assert_trees_all_close(rows_parts, rows, rtol=1e-10)
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(metrics_parts[name], metrics[name], rtol=1e-10)
+
+
+@pytest.mark.usefixtures('interpreted')
+@pytest.mark.parametrize('kernel', ['cudnn', 'pallas'])
+def test_steps_by_each_kernel_are_those_by_xla_on_1_and_8_devices(kernel):
+  params, (bank, _), metrics = _linear_updates(dict(name='softmax'), 1, 1, num_steps=3)
+  for num_devices in (1, 8):
+    found, (rows, _), history = _linear_updates(dict(name='softmax'), num_devices, 1, num_steps=3,
+                                                kernel=kernel)
+    np.testing.assert_allclose(found, params, atol=1e-5)
+    np.testing.assert_allclose(rows, bank, atol=1e-5)
+    for name in ('loss', 'grad_norm'):
+      np.testing.assert_allclose(history[name], metrics[name], rtol=2e-4)
 
 
 def test_accumulation_runs_in_the_full_step_with_one_bank_update():
