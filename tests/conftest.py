@@ -12,7 +12,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='instdisc-tests-')
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
-# The tests' images are tiny: most of their time would go into compiling and optimizing the programs.
+# The tests' images are tiny: most of their time would go into compiling and optimizing programs.
 os.environ['XLA_FLAGS'] = ' '.join((
     os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0',
     '--xla_cpu_use_fusion_emitters=false'))  # the older emitters compile in half the time
