@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import difflib
 import logging
 import os
+import re
 import runpy
+import sys
 import textwrap
 from typing import Any, NoReturn
 
@@ -23,10 +25,20 @@ _FORMS = {int: (int, 'an integer'), float: (float, 'a number'),
 
 
 class _Parser(argparse.ArgumentParser):
-  """Reports a usage error like any other mistake: one line, exit code 2."""
+  """Reports a usage error like any other mistake: one line, exit code 2. Expands ~ in paths."""
+
+  def parse_known_args(self, args=None, namespace=None):
+    args = [_expand(argument) for argument in (sys.argv[1:] if args is None else args)]
+    return super().parse_known_args(args, namespace)
 
   def error(self, message: str) -> NoReturn:
     raise errors.UserError(message, remedy='see --help')
+
+
+def _expand(argument: str) -> str:
+  """An argument with its ~ expanded, which shells do not do in --workdir=~/runs."""
+  found = re.fullmatch(r'(-[^=]*=(?:[a-z]+:)?)?(~.*)', argument, re.DOTALL)
+  return (found[1] or '') + os.path.expanduser(found[2]) if found else argument
 
 
 def make_parser(name: str, description: str | None, usage: str,

@@ -197,6 +197,8 @@ SETTINGS = (
 
     Setting('checkpoint.every_steps', 1000, 'checkpoint interval in steps', _at_least(1),
             changeable=True),
+    Setting('checkpoint.every_minutes', 5.0, 'age of the last checkpoint, in minutes, at which '
+            'another one is saved between its steps; 0: never', _NON_NEGATIVE, changeable=True),
     Setting('checkpoint.keep', 3, 'number of checkpoints to keep', _at_least(1), changeable=True),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}

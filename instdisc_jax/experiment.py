@@ -64,7 +64,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       distributed.first_only(lambda: folder.keep(dataset.listing, dataset.train.names or (),
                                                  workdir))
     checkpoints = closing(checkpoint.Checkpoints(workdir / 'checkpoints', config.checkpoint.keep,
-                                                 setup.num_rows))
+                                                 setup.num_rows,
+                                                 config.checkpoint.every_minutes))
     checkpoints.move_damaged_aside()
     saved = checkpoints.latest_step()
     _check_end(workdir, saved, plan.end)

@@ -55,9 +55,9 @@ class SignalAt(preemption.Watch):
     self._count('check')
     super().check()
 
-  def poll(self, mesh):
+  def poll(self, mesh, save=False):
     self._count('poll')
-    return super().poll(mesh)
+    return super().poll(mesh, save)
 
   def _count(self, kind):
     if self._left[kind] is not None:

@@ -32,11 +32,11 @@ class _SignalAtPoll(preemption.Watch):
     super().__init__()
     self._left = polls
 
-  def poll(self, mesh):
+  def poll(self, mesh, save=False):
     self._left -= 1
     if self._left == 0:
       self.signal = 'SIGTERM'
-    return super().poll(mesh)
+    return super().poll(mesh, save)
 
 
 def test_a_stream_stopped_in_mid_epoch_resumes_to_the_same_bits(trained_folder, tmp_path):

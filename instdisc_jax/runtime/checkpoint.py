@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import jax
@@ -40,9 +41,12 @@ class Checkpoints:
     folder: the folder of the checkpoints.
     keep: number of newest checkpoints to keep.
     num_rows: N.
+    every_minutes: age of the last checkpoint, or of this object, at which another is due; 0: never.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep: int, num_rows: int):
+  def __init__(self, folder: str | os.PathLike[str], keep: int, num_rows: int,
+               every_minutes: float = 0.0):
+    self._every_minutes, self._last_save = every_minutes, time.monotonic()
     self._folder, self._num_rows = files.place(folder), num_rows
     self._damaged = self._folder.with_name(f'{self._folder.name}-damaged')
     self._saving: int | None = None
@@ -97,10 +101,15 @@ class Checkpoints:
       errors.RunError: this save could not be started, or the previous one failed.
     """
     copied, step = copy(state), int(state.step)
+    self._last_save = time.monotonic()
     with self._failing():
       self._manager.wait_until_finished()
       self._saving, self._pending_losses = step, list(pending_losses)
       self._manager.save(step, args=ocp.args.PyTreeSave(_as_dict(copied)), force=True)
+
+  def is_due(self) -> bool:
+    """Whether the last checkpoint is old enough for another one."""
+    return 0 < self._every_minutes * 60 <= time.monotonic() - self._last_save
 
   def pending_losses(self) -> list[float]:
     """The pending losses that the newest checkpoint was saved with."""

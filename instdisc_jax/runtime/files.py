@@ -19,7 +19,7 @@ def place(path: str | os.PathLike[str]) -> Place:
     errors.UserError: a str, i.e. a user's path, names a bucket that cannot be reached.
   """
   if not in_bucket(path):
-    return pathlib.Path(path).absolute()
+    return pathlib.Path(path).expanduser().absolute()
   asked, path = path, epath.Path(path)
   if not isinstance(asked, str):
     return path

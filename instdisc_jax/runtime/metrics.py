@@ -87,7 +87,8 @@ class Progress:
     self._progress = rich_progress.Progress(
         rich_progress.TextColumn('{task.description}'), rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
-        console=self.console, transient=True, disable=not self.console.is_terminal)
+        console=self.console, transient=True, disable=not self.console.is_terminal,
+        speed_estimate_period=1800)  # seconds: a step may take more than one of the usual 30
     self._task = self._progress.add_task('compiling', total=total_steps, completed=step)
     self._progress.start()
 

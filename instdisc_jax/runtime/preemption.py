@@ -1,7 +1,9 @@
-"""SIGTERM and SIGINT are requests to stop: the run saves, and exits with code 75.
+"""SIGTERM, SIGINT and SIGHUP are requests to stop: the run saves, and exits with code 75.
 
     first signal     recorded; `poll` and `check` tell the run, in every process
     second signal    the process exits immediately, whatever it is doing
+
+SIGHUP is what a terminal sends when it is closed; it stays ignored under `nohup`.
 """
 
 import os
@@ -18,7 +20,8 @@ import numpy as np
 
 from instdisc_jax.runtime import errors
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAVE, STOP = 1, 2  # what `Watch.poll` finds
 
 
 class Watch:
@@ -39,7 +42,8 @@ class Watch:
     self._pipe = os.pipe()
     for end in self._pipe:
       os.set_blocking(end, end == self._pipe[0])
-    self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+    self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS
+                      if signal.getsignal(s) != signal.SIG_IGN or s != signal.SIGHUP}
     self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
     self._thread = threading.Thread(target=self._listen, daemon=True)
     self._thread.start()
@@ -63,22 +67,25 @@ class Watch:
       print(f'{self.signal}: saving and stopping; a second signal exits immediately',
             file=sys.stderr, flush=True)
 
-  def poll(self, mesh: jax.sharding.Mesh) -> bool | jax.Array:
-    """Finds out, without waiting, whether any process has been asked to stop.
+  def poll(self, mesh: jax.sharding.Mesh, save: bool = False) -> int | jax.Array:
+    """Finds out, without waiting, what any process asks for.
 
     Every process must call this at the same points.
 
     Args:
       mesh: the device mesh of the run.
+      save: whether this process asks for a checkpoint.
 
     Returns:
-      A bool, or a scalar that the devices will fill in: true if any has.
+      `STOP` if any process has been asked to stop, else `SAVE` if any asks for a checkpoint, else
+      0: an int, or a scalar that the devices will fill in.
     """
+    asked = STOP if self.signal is not None else SAVE if save else 0
     if jax.process_count() == 1:
-      return self.signal is not None
+      return asked
     flags = NamedSharding(mesh, P(mesh.axis_names))
-    mine = np.full(mesh.size, self.signal is not None)
-    return _any(jax.make_array_from_callback(mine.shape, flags, lambda part: mine[part]))
+    mine = np.full(mesh.size, asked, np.int32)
+    return _largest(jax.make_array_from_callback(mine.shape, flags, lambda part: mine[part]))
 
   def check(self) -> None:
     """Like `poll`, but waits for all processes.
@@ -102,4 +109,4 @@ class Watch:
     return self.signal or 'a signal in another process'
 
 
-_any = jax.jit(jnp.any)
+_largest = jax.jit(jnp.max)

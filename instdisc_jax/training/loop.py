@@ -18,7 +18,8 @@ def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
 
   Each iteration dispatches steps and settles the previous dispatch; after some steps it evaluates,
   saves, or stops. Nothing is fetched from the devices between steps except the metrics of the
-  previous dispatch. A checkpoint is written only if all its values are finite.
+  previous dispatch. A checkpoint is written at its steps, and when the last one is some minutes
+  old, but only if all its values are finite.
 
   Args:
     state: the state to start from; donated.
@@ -55,15 +56,16 @@ def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
     trace.before(step, state)
     state, history = run_steps(state, inputs, count)
     step += count
-    stop = running is not None and monitor.settle(running)  # while this dispatch computes
-    running = monitor_lib.Dispatch(step, count, history, watch.poll(setup.mesh))
-    if not (stop or plan.evaluates(step) or plan.saves(step)):
+    asked = monitor.settle(running) if running is not None else 0  # while this dispatch computes
+    running = monitor_lib.Dispatch(step, count, history,
+                                   watch.poll(setup.mesh, checkpoints.is_due()))
+    if not (asked or plan.evaluates(step) or plan.saves(step)):
       continue
-    stop = monitor.settle(running) or stop
-    running = None
+    asked = max(asked, monitor.settle(running))
+    running, stop = None, asked == preemption.STOP
     if plan.evaluates(step) and not stop:
       stop = not _evaluate(state, step, monitor, evaluate)
-    if stop or plan.saves(step):
+    if asked or stop or plan.saves(step):
       monitor_lib.check_finite(state, setup.mesh, checkpoints.latest_step())
       checkpoints.save(state, monitor.losses)
     if stop:

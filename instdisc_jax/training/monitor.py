@@ -34,12 +34,12 @@ class Dispatch:
     step: steps taken once they are done.
     count: number of steps.
     history: {metric: [S]}, of which the first `count` values are filled.
-    stop: whether a signal arrived before the dispatch; see `preemption.Watch.poll`.
+    asked: what was asked for before the dispatch; see `preemption.Watch.poll`.
   """
   step: int
   count: int
   history: dict[str, Any]
-  stop: Any
+  asked: Any
 
 
 class Monitor:
@@ -70,17 +70,19 @@ class Monitor:
     self._wall_clock, self._last_saved = wall_clock, last_saved
     self._costs: profiling.Costs | None = None
     self._collapsed = False
+    # An untrained encoder's embeddings are nearly identical, too: a warning waits until they part.
+    self._parted = min(plan.end // 2, max(100, plan.end // 20))
 
   def compiled(self, costs: profiling.Costs) -> None:
     """Reports the cost of the step."""
     self._costs = costs
     self._progress.print(f'the step: {costs}')
 
-  def settle(self, dispatch: Dispatch) -> bool:
+  def settle(self, dispatch: Dispatch) -> int:
     """Waits for a dispatch, then checks and logs its metrics.
 
     Returns:
-      Whether a signal arrived before the dispatch.
+      What was asked for before the dispatch; see `preemption.Watch.poll`.
 
     Raises:
       errors.RunError: one of the metrics is not finite.
@@ -103,7 +105,7 @@ class Monitor:
       self._costs = None  # reported once
     if self._plan.logs(dispatch.step):
       self._log(dispatch.step, {name: float(value[-1]) for name, value in history.items()})
-    return bool(dispatch.stop)
+    return int(dispatch.asked)
 
   def evaluated(self, step: int, top1: float | None) -> None:
     """Logs and shows kNN accuracy after `step` steps; None without labels."""
@@ -129,7 +131,8 @@ class Monitor:
                  wall_seconds=self._wall_clock())
     self.losses.clear()
     self._lines.write(step, **line)
-    before, self._collapsed = self._collapsed, line['feature_mean_norm'] > _COLLAPSED and epoch > 0
+    before, self._collapsed = self._collapsed, (
+        line['feature_mean_norm'] > _COLLAPSED and step >= self._parted)
     if self._collapsed and not before:
       errors.warn(
           f'the embeddings of step {step} are nearly identical: the norm of their mean is '

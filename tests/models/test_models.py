@@ -122,11 +122,13 @@ class TestBatchNorm:
                  mapped(variables, self.x), expected)
 
 
-@pytest.mark.parametrize('kernel, stride, batch', [(3, 1, 40), (3, 2, 33), (1, 2, 17), (7, 2, 5)])
-def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
+@pytest.mark.parametrize('kernel, stride, batch, side', [
+    (3, 1, 40, 12), (3, 2, 33, 12), (1, 2, 17, 12), (7, 2, 5, 12),
+    (3, 1, 9, 1), (3, 1, 9, 2), (3, 2, 9, 2), (3, 2, 9, 3), (3, 2, 9, 4), (7, 2, 9, 2)])
+def test_convolution_and_its_gradients_are_those_of_xla(kernel, stride, batch, side):
   random = np.random.default_rng(0)
   with jax.enable_x64(True):
-    x = jnp.asarray(random.standard_normal((batch, 12, 12, 3)))
+    x = jnp.asarray(random.standard_normal((batch, side, side, 3)))
     w = jnp.asarray(random.standard_normal((kernel, kernel, 3, 5)))
     pad = (kernel - 1) // 2
     plain = lambda x, w: jax.lax.conv_general_dilated(
@@ -135,7 +137,7 @@ def test_convolution_has_the_gradients_of_xla(kernel, stride, batch):
     y, pull = jax.vjp(plain, x, w)
     module = conv.Conv(5, kernel, stride, jnp.float64, nn.initializers.zeros)
     ours, our_pull = jax.vjp(lambda x, w: module.apply({'params': {'kernel': w}}, x), x, w)
-    np.testing.assert_array_equal(ours, y)
+    np.testing.assert_allclose(ours, y, rtol=1e-12, atol=1e-12)
     cotangent = jnp.asarray(random.standard_normal(y.shape))
     for grad, expected in zip(our_pull(cotangent), pull(cotangent)):
       np.testing.assert_allclose(grad, expected, rtol=1e-10, atol=1e-10)

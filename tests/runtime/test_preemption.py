@@ -39,7 +39,7 @@ def _python(code):
                         check=False)
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_signal_is_noted_and_ends_in_exit_code_75(name):
   done = _python(_FIRST.format(name=name))
   assert done.returncode == 75
@@ -66,3 +66,19 @@ def test_signal_handlers_are_restored():
   with preemption.Watch():
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] != before
   assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_what_is_asked_for_most_urgently_is_found():
+  watch, mesh = preemption.Watch(), mesh_lib.make(jax.devices()[:2])
+  assert watch.poll(mesh, save=True) == preemption.SAVE
+  watch.signal = 'SIGTERM'
+  assert watch.poll(mesh, save=True) == watch.poll(mesh) == preemption.STOP
+
+
+def test_a_closed_terminal_does_not_stop_what_nohup_protects():
+  code = ('import signal, os\nfrom instdisc_jax.runtime import preemption\n'
+          'signal.signal(signal.SIGHUP, signal.SIG_IGN)\n'
+          'with preemption.Watch() as watch:\n'
+          '  os.kill(os.getpid(), signal.SIGHUP)\n'
+          'watch.check()')
+  assert _python(code).returncode == 0
