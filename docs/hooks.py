@@ -30,7 +30,6 @@ _LOG = logging.getLogger('mkdocs.hooks')
 _ROOT = pathlib.Path(__file__).parents[1]
 _ADDED = {'changelog.md': 'CHANGELOG.md', 'contributing.md': 'CONTRIBUTING.md'}
 _WIDE = 'errors.md', 'parity.md', 'scale.md'  # large tables, which take the place of the contents
-_ORDER = ('main', 'evaluate', 'embed', 'retrieve', 'preview', 'convert', 'reproduce', 'compile')
 _GROUPS = {'': 'The run', 'dataset': 'Data', 'model': 'Encoder', 'loss': 'Loss',
            'bank': 'Memory bank', 'optimizer': 'Optimizer', 'augment': 'Augmentation',
            'knn': 'kNN during training', 'checkpoint': 'Checkpoints'}
@@ -114,11 +113,8 @@ def _plain(text):
 
 
 def _commands():
-  """Every module of the package that is a command, the usual ones first."""
-  names = [path.stem for path in (_ROOT / 'instdisc_jax').glob('*.py')
-           if "__name__ == '__main__'" in path.read_text()]
-  names.sort(key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-  return '\n\n'.join(map(_command, names))
+  """A section for each command, the usual ones first."""
+  return '\n\n'.join(map(_command, importlib.import_module('instdisc_jax.__main__').COMMANDS))
 
 
 def _command(name):

@@ -12,7 +12,7 @@ from instdisc_jax import config as config_lib
 from instdisc_jax import data
 from instdisc_jax.data import feeds, folder, views
 from instdisc_jax.evaluation import summary as summary_lib
-from instdisc_jax.evaluation.evaluator import Evaluator
+from instdisc_jax.evaluation.evaluator import FEW_ROWS, Evaluator
 from instdisc_jax.runtime import (
   checkpoint,
   distributed,
@@ -88,6 +88,10 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
                                    setup.mesh)
     lines = closing(metrics.Metrics(workdir, saved or 0))
+    if saved is None and setup.num_rows <= FEW_ROWS:
+      before = evaluator.before(state)
+      lines.write(0, **before)
+      progress.print(summary_lib.start(before))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
     monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,
                       wall_clock=wall_clock, last_saved=checkpoints.latest_step)

@@ -15,7 +15,7 @@ from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import decode, folder
 from instdisc_jax.data import images as images_lib
-from instdisc_jax.evaluation import embedding, knn
+from instdisc_jax.evaluation import classifier, embedding, knn
 from instdisc_jax.runtime import checkpoint, digest, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
@@ -195,6 +195,29 @@ class Model:
                       int(self.labels.max()) + 1)
     return np.argmax(scores, axis=1)
 
+  def fit_labels(self, labels: Mapping[str | os.PathLike[str], str],
+                 method: str = 'knn') -> 'Labeled':
+    """Learns classes from a few labeled images.
+
+    Args:
+      labels: {path of an image: its label}.
+      method: 'knn', the weighted vote of the nearest; or 'linear', logistic regression.
+
+    Returns:
+      A classifier of any images.
+
+    Raises:
+      errors.UserError: there are fewer than two classes, or an image cannot be read.
+    """
+    paths = list(labels)
+    return Labeled(self, classifier.fit(self.embed(paths), [labels[path] for path in paths],
+                                        [os.fspath(path) for path in paths], method,
+                                        self.config.knn.temperature))
+
+  def load_labels(self, path: str | os.PathLike[str]) -> 'Labeled':
+    """What `Labeled.save` wrote; it belongs to the weights that it was fitted with."""
+    return Labeled(self, classifier.load(path))
+
   def rows_of(self, images: data.Images, sizes: Mapping[str, int]) -> Int[np.ndarray, ' n']:
     """The bank's row of each image of a folder that the run was trained on.
 
@@ -227,6 +250,27 @@ class Model:
     """SHA-256 of the weights."""
     variables = self.variables['params'], self.variables['batch_stats']
     return digest.of_arrays(jax.tree.leaves(jax.device_get(variables)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Labeled:
+  """A classifier of images, fitted to the labels of a few.
+
+  Attributes:
+    model: embeds the images.
+    classifier: classifies the embeddings; it has the accuracy by leave-one-out.
+  """
+  model: Model
+  classifier: classifier.Classifier
+
+  def predict(self, images: Any) -> tuple[list[str], classifier.Predictions]:
+    """(labels, what else is known of them) for images as `Model.embed` takes them."""
+    found = self.classifier.predict(self.model.embed(images))
+    return [self.classifier.class_names[i] for i in found.label], found
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes the classifier to an .npz file; the model is not in it."""
+    self.classifier.save(path)
 
 
 @dataclasses.dataclass(frozen=True)

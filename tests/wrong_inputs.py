@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from instdisc_jax import classify, convert, embed, evaluate, main, preview, reproduce, retrieve
 from instdisc_jax import compile as compile_lib
 from instdisc_jax import config as config_lib
-from instdisc_jax import convert, embed, evaluate, main, preview, reproduce, retrieve
 from instdisc_jax.data import folder as folder_lib
 from instdisc_jax.runtime import workdir
 
@@ -57,6 +57,16 @@ def _writes(name, content):
   def prepare():
     pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(name).write_text(content)
+    return contextlib.nullcontext()
+  return prepare
+
+
+def _labels(text):
+  def prepare():
+    pathlib.Path('images').mkdir()
+    for name in 'ab':
+      Image.new('RGB', (8, 8)).save(f'images/{name}.png')
+    pathlib.Path('l.csv').write_text(text)
     return contextlib.nullcontext()
   return prepare
 
@@ -220,8 +230,6 @@ CASES = [
     _setting('folder that has changed since the run was started', _FOLDER, prepare=_listed),
     _setting('damaged listing of a folder', _FOLDER,
              prepare=lambda: [_folder('1.png')(), _writes('run/files.json', '[]')()][1]),
-    _setting('labels.csv that lacks an image', _FOLDER,
-             prepare=_folder('1.png', '2.png', labels_csv='1.png,cat\n')),
     _setting('labels.csv with three columns', _FOLDER,
              prepare=_folder('1.png', labels_csv='1.png,cat,red\n')),
     _setting('validation that is not a share', 'dataset.validation=val'),
@@ -274,6 +282,25 @@ CASES = [
          ['--workdir=run', '--images=images', '--output=a.csv']),
     Case('embeddings into a missing folder', 'embed',
          ['--workdir=run', '--images=images', '--output=b/a.npz']),
+    *(Case(f'labels: {what}', 'classify',
+           ['--workdir=run', '--images=images', '--labels=l.csv', '--output=p.csv'],
+           _labels(text))
+      for what, text in (
+          ('a path that is not an image', 'c.png,cat\n'),
+          ('two for one image', 'a.png,cat\na.png,dog\n'),
+          ('one class', 'a.png,cat\nb.png,cat\n'), ('an empty file', ''),
+          ('a line without one', 'a.png\n'), ('an empty one', 'a.png,\n'))),
+    Case('labels that are no file', 'classify',
+         ['--workdir=run', '--images=images', '--labels=m.csv', '--output=p.csv'], _labels('')),
+    Case('predictions of a folder that is not a run', 'classify',
+         ['--workdir=run', '--images=images', '--labels=l.csv', '--output=p.csv'],
+         _labels('a.png,cat\nb.png,dog\n')),
+    Case('predictions into a file that exists', 'classify',
+         ['--workdir=run', '--labels=l.csv', '--output=l.csv'], _labels('')),
+    Case('predictions in another format', 'classify',
+         ['--workdir=run', '--labels=l.csv', '--output=p.json']),
+    Case('fewer than 0 suggestions', 'classify',
+         ['--workdir=run', '--labels=l.csv', '--output=p.csv', '--suggest=-1']),
     Case('page of a folder that is not a run', 'retrieve', ['--workdir=run', '--output=page']),
     Case('page in a folder with other files', 'retrieve', ['--workdir=run', '--output=notes'],
          _writes('notes/todo.txt', '')),
@@ -327,6 +354,7 @@ def answer(case):
     else:
       module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
                 'evaluate': evaluate, 'retrieve': retrieve, 'reproduce': reproduce,
+                'classify': classify,
                 'compile': compile_lib}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)

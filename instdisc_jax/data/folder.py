@@ -1,7 +1,8 @@
 """A folder of images, of any sizes and formats, with or without classes.
 
 An image's class is its first subfolder; if any image is at the root, the set is unlabeled, unless
-there is a `labels.csv` at the root with a line `path,label` for each image. The index of an image
+there is a `labels.csv` at the root with a line `path,label` for each image; with lines for some,
+the set is unlabeled, too. The index of an image
 is its place in the sorted list of paths. That list, with file sizes, is kept in the workdir, and a
 folder that no longer matches it is an error: a row of the bank would correspond to another image.
 """
@@ -51,7 +52,7 @@ class Files:
 
 
 def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None = None,
-         setting: str = 'dataset.name'
+         setting: str = 'dataset.name', with_labels: bool = True
          ) -> tuple[images_lib.Images, tuple[str, ...] | None, dict[str, Any]]:
   """Reads the names and sizes of all images below a folder.
 
@@ -61,6 +62,7 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
       'skip', all files are decoded once beforehand, and unreadable ones are left out.
     workdir: a folder that may hold the listing of an earlier run, or None.
     setting: the setting or argument that names the folder.
+    with_labels: whether to read the classes.
 
   Returns:
     (`Images`, class names or None, listing): the listing is what `keep` writes.
@@ -97,7 +99,7 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
       errors.warn(f'{len(unreadable)} of {len(found)} files are left out because they cannot be '
                   f"read as images; the first: '{name}' {why}")
   paths = [name for name in listing['files'] if name not in listing['unreadable']]
-  labels, class_names = _classes(root, paths)
+  labels, class_names = _classes(root, paths) if with_labels else (None, None)
   digest = hashlib.sha256()
   for name in paths:
     digest.update(f'{name}\0{found[name]}\n'.encode('utf8', 'surrogateescape'))
@@ -231,11 +233,10 @@ def _classes(root, paths):
     given = _read_labels(file)
     missing = [name for name in paths if name not in given]
     if missing:
-      raise errors.UserError(
-          f"'{file}' has no line for {len(missing)} of the {len(paths)} images",
-          "one line 'path,label' for each",
-          f"add '{missing[0]}'" + (' and the others' if missing[1:] else '')
-          + ', or remove the file to train without labels', 'dataset.name')
+      errors.warn(f"'{file}' has no line for {len(missing)} of the {len(paths)} images (first: "
+                  f"'{missing[0]}'): the images count as unlabeled; instdisc_jax.classify labels "
+                  'them all from those that are')
+      return None, None
     names = [given[name] for name in paths]
   elif any('/' not in name for name in paths):
     return None, None

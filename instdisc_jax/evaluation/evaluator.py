@@ -18,6 +18,7 @@ from instdisc_jax.training.state import Setup, TrainState
 _PIXEL_SIDE = 32  # side of the views of images in files, for kNN with raw pixels
 _MOST_PIXEL_ROWS = 200_000  # at 12 KiB each
 _MOST_QUERIES = 50_000  # among training images, if none are held out
+FEW_ROWS = 50_000  # images up to which the start is measured before training, not after it
 
 
 class Evaluator:
@@ -74,6 +75,15 @@ class Evaluator:
       queries = self.embed(state, self.queries)
     found = self._search(queries, rows)
     return self._top1(*found), found[1]
+
+  def before(self, state: TrainState) -> dict[str, float | None]:
+    """What training has to improve on, as summary.json names it.
+
+    Args:
+      state: the state before training; its bank is not used.
+    """
+    return {'knn_top1_untrained': self.recomputed(state)[0] if self.has_labels else None,
+            'knn_top1_pixels': self.pixels()}
 
   def pixels(self) -> float | None:
     """kNN top-1 with mean-centered raw pixels as features; None without labels.

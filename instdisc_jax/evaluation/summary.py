@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import json
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,9 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   lines = metrics.read(workdir)
   steps = [line['step_loss'] for line in lines if 'step_loss' in line]
   top1, row = evaluator.recomputed(state)
+  before = {key: value for line in lines if line['step'] == 0 for key, value in line.items()}
+  if 'knn_top1_untrained' not in before:
+    before = evaluator.before(untrained())
   summary = {
       'dataset': dataset.name,
       'num_rows': setup.num_rows,
@@ -51,8 +55,8 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
-      'knn_top1_untrained': evaluator.recomputed(untrained())[0] if evaluator.has_labels else None,
-      'knn_top1_pixels': evaluator.pixels(),
+      'knn_top1_untrained': before['knn_top1_untrained'],
+      'knn_top1_pixels': before['knn_top1_pixels'],
       'images_per_second': images_per_second,
       'params_digest': digest.of_arrays(
           jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
@@ -60,12 +64,47 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'normalizer': float(state.normalizer) or None,
       'wall_seconds': wall_clock(),
   }
+  summary['training_helped'] = outcome(summary)[0]
   if jax.process_index() == 0:
     figures.save(figures.curves(lines, summary, config.batch_size), workdir / 'curves.png')
     neighbors = figures.neighbors(dataset, evaluator.queries, row, evaluator.side, figures.QUERIES)
     figures.save(neighbors, workdir / 'neighbors.png')
     files.write(workdir / FILE, json.dumps(summary, indent=2) + '\n')
   return summary
+
+
+def start(before: dict[str, Any]) -> str:
+  """What training has to improve on, in a line."""
+  shown = [f'{value:.3f} {title}' for title, key in (
+      ('with the encoder as it is', 'knn_top1_untrained'), ('with raw pixels', 'knn_top1_pixels'))
+           if (value := before[key]) is not None]
+  return 'before training: ' + (f'kNN top-1 is {", ".join(shown)}' if shown else 'no labels')
+
+
+def outcome(summary: dict[str, Any]) -> tuple[bool | None, str]:
+  """Whether training helped, by kNN, and a line that says so.
+
+  Args:
+    summary: the content of summary.json.
+
+  Returns:
+    (True or False; None without labels, or if the difference is within its standard error,
+     a sentence, '' without labels).
+  """
+  top1, pixels, start = (summary[f'knn_top1{name}'] for name in ('', '_pixels', '_untrained'))
+  if top1 is None or start is None:
+    return None, ''
+  best = max(start, pixels or 0.0)
+  error = math.sqrt((top1 * (1 - top1) + best * (1 - best)) / summary['num_queries'])
+  against = f'kNN top-1 is {top1:.3f}, {start:.3f} before it' + (
+      '' if pixels is None else f', {pixels:.3f} for raw pixels')
+  if abs(top1 - best) <= error:
+    return None, (f'training made no clear difference: {against}; the standard error of '
+                  f'{summary["num_queries"]:,} queries is {error:.3f}')
+  if top1 > best:
+    return True, f'training helped: {against}'
+  return False, (f'training did not help: {against}; train longer (--config.epochs), or start from '
+                 'trained weights (--config.model.init=FILE)')
 
 
 def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Console) -> None:
@@ -83,6 +122,8 @@ def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Co
     table.add_row(title, '–' if value is None else f'{value:.3f}')
   if summary['knn_top1'] is not None:
     console.print(table)
+  if line := outcome(summary)[1]:
+    console.print(line, markup=False)
   if summary['knn_recall'] is not None:
     console.print(f'approximate search: recall {summary["knn_recall"]:.4f}', markup=False)
   if summary['knn_top1'] is None:

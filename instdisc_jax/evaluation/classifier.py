@@ -1,0 +1,290 @@
+"""Classes for many images from the labels of a few, by their embeddings.
+
+Everything is told by leave-one-out: each labeled image is classified by the others. It chooses K,
+calibrates the confidence, and gives the accuracy.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+from typing import Any
+import zipfile
+
+from jaxtyping import Bool, Float, Int
+import numpy as np
+from sklearn import cluster, linear_model, model_selection
+
+from instdisc_jax.evaluation import knn
+from instdisc_jax.runtime import errors
+
+METHODS = ('knn', 'linear')
+SHOWN = 3  # nearest labeled images of each prediction
+_KS = (1, 3, 5, 10, 20)
+_FOLDS = 10  # of the linear classifier's leave-out, which would be slow one by one
+_TYPICAL = 20  # neighbors whose mean similarity makes an image typical
+_MOST_CLUSTERED = 20_000  # images among which the next to label are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+  """Classes of Q images.
+
+  Attributes:
+    label: [Q] class indices.
+    confidence: [Q] probability that the label is right, as calibrated on the labeled images.
+    nearest: [Q, s] the most similar labeled images, s = 3 or fewer.
+    similarity: [Q, s] their cosines.
+    unknown: [Q] whether an image is less similar to all labeled images than any of those is to the
+      others.
+  """
+  label: Int[np.ndarray, ' Q']
+  confidence: Float[np.ndarray, ' Q']
+  nearest: Int[np.ndarray, 'Q s']
+  similarity: Float[np.ndarray, 'Q s']
+  unknown: Bool[np.ndarray, ' Q']
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A classifier of embeddings.
+
+  Attributes:
+    class_names: the C classes.
+    embedding: [n, D] unit-norm, of the labeled images.
+    label: [n] their class indices.
+    names: [n] their names.
+    method: one of `METHODS`.
+    k: neighbors that vote.
+    temperature: τ of the vote.
+    calibration: (intercept, weight of the margin, weight of the similarity) of a logistic model.
+    least_similarity: of an image that is not unknown.
+    accuracy: by leave-one-out.
+    calibration_error: mean absolute difference of confidence and accuracy, by leave-one-out.
+    weights: [D + 1, C] of the linear classifier, the last row its intercepts; else None.
+  """
+  class_names: tuple[str, ...]
+  embedding: Float[np.ndarray, 'n D']
+  label: Int[np.ndarray, ' n']
+  names: tuple[str, ...]
+  method: str
+  k: int
+  temperature: float
+  calibration: tuple[float, float, float]
+  least_similarity: float
+  accuracy: float
+  calibration_error: float
+  weights: Float[np.ndarray, 'D1 C'] | None = None
+
+  def predict(self, embedding: Float[np.ndarray, 'Q D']) -> Predictions:
+    """Classes of any images, by their unit-norm embeddings."""
+    similarity, nearest = _nearest(embedding, self.embedding, max(self.k, SHOWN))
+    scores = (_vote(similarity, self.label[nearest], self.k, self.temperature,
+                    len(self.class_names)) if self.weights is None
+              else _linear_scores(embedding, self.weights))
+    label, margin = _decide(scores)
+    return Predictions(label, _confidence(self.calibration, margin, similarity[:, 0]),
+                       nearest[:, :SHOWN], similarity[:, :SHOWN],
+                       similarity[:, 0] < self.least_similarity)
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes the classifier to an .npz file."""
+    fields: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+
+
+def load(path: str | os.PathLike[str]) -> Classifier:
+  """Reads a classifier that `Classifier.save` wrote; raises `errors.UserError`."""
+  try:
+    with np.load(pathlib.Path(path).expanduser(), allow_pickle=False) as file:
+      fields: dict[str, Any] = {name: file[name] for name in file}
+    for name in ('method', 'k', 'temperature', 'least_similarity', 'accuracy',
+                 'calibration_error'):
+      fields[name] = fields[name].item()
+    for name in ('class_names', 'names', 'calibration'):
+      fields[name] = tuple(fields[name].tolist())
+    return Classifier(**fields)
+  except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+    raise errors.UserError(f"'{path}' is not a classifier ({errors.one_line(e)[:100]})",
+                           'a file that Classifier.save wrote') from e
+
+
+def fit(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str], names: Sequence[str],
+        method: str = 'knn', temperature: float = 0.1) -> Classifier:
+  """Learns from labeled images.
+
+  Args:
+    embedding: [n, D] unit-norm.
+    labels: [n] the class of each.
+    names: [n] the name of each image.
+    method: 'knn', the weighted vote of the nearest; or 'linear', logistic regression.
+    temperature: τ of the vote.
+
+  Raises:
+    errors.UserError: there are fewer than two classes.
+  """
+  class_names = tuple(sorted(set(labels)))
+  if len(class_names) < 2:
+    raise errors.UserError(f'the labels name {len(class_names)} class'
+                           + ('' if len(class_names) == 1 else 'es'), 'two or more')
+  number = {name: i for i, name in enumerate(class_names)}
+  label = np.array([number[name] for name in labels], np.int32)
+  similarity, nearest = _nearest(embedding, embedding, max(*_KS, SHOWN), without_own=True)
+  weights, k = None, 1
+  if method == 'linear':
+    scores, weights = _linear_left_out(embedding, label, len(class_names)), _linear(
+        embedding, label, len(class_names))
+  else:
+    votes = {k: _vote(similarity, label[nearest], k, temperature, len(class_names))
+             for k in _KS if k <= similarity.shape[1]}
+    k = max(votes, key=lambda k: (np.mean(_decide(votes[k])[0] == label), -k))
+    scores = votes[k]
+  found, margin = _decide(scores)
+  correct = found == label
+  calibration = _calibrate(margin, similarity[:, 0], correct)
+  confidence = _confidence(calibration, margin, similarity[:, 0])
+  return Classifier(class_names, embedding, label, tuple(names), method, k, temperature,
+                    calibration, float(similarity[:, 0].min()), float(correct.mean()),
+                    calibration_error(confidence, correct), weights)
+
+
+def learning_curve(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str],
+                   temperature: float = 0.1, repeats: int = 5) -> list[tuple[int, float]]:
+  """[(number of labels, accuracy)]: with halves of the labels, as a forecast of more.
+
+  For fewer labels than all, the mean over random choices, each tested on the labels left out.
+  """
+  label = np.unique(np.asarray(labels), return_inverse=True)[1].astype(np.int32)
+  classes, random, points = int(label.max()) + 1, np.random.RandomState(0), []
+  for count in (len(label) // 4, len(label) // 2):
+    if count < 2:
+      continue
+    found = []
+    for _ in range(repeats):
+      order = random.permutation(len(label))
+      few, rest = order[:count], order[count:]
+      similarity, nearest = _nearest(embedding[rest], embedding[few], _KS[2])
+      scores = _vote(similarity, label[few][nearest], _KS[2], temperature, classes)
+      found.append(np.mean(_decide(scores)[0] == label[rest]))
+    points.append((count, float(np.mean(found))))
+  return points
+
+
+def suggest(embedding: Float[np.ndarray, 'N D'], labeled: Int[np.ndarray, ' n'],
+            confidence: Float[np.ndarray, ' N'], count: int,
+            seed: int = 0) -> Int[np.ndarray, ' m']:
+  """The images worth labeling next: typical of many, unlike those labeled, and uncertain.
+
+  The images are clustered, into as many clusters as there would be labels. The largest and least
+  certain clusters without a label come first; each gives its most typical image, the one with the
+  largest mean similarity to its neighbors (TypiClust: Hacohen, Dekel and Weinshall, 2022).
+
+  Args:
+    embedding: [N, D] unit-norm.
+    labeled: [n] the labeled ones among them.
+    confidence: [N] of their predicted labels.
+    count: how many.
+    seed: of the clustering, and of the choice of 20,000 images if there are more.
+
+  Returns:
+    [m] indices of at most `count` images without a label, the most useful first.
+  """
+  is_labeled = np.zeros(len(embedding), bool)
+  is_labeled[labeled] = True
+  pool = np.flatnonzero(~is_labeled)
+  if len(pool) > _MOST_CLUSTERED:
+    pool = np.sort(np.random.RandomState(seed).permutation(pool)[:_MOST_CLUSTERED])
+  count = min(count, len(pool))
+  chosen = np.concatenate([pool, labeled]).astype(int)
+  clusters = min(count + len(labeled), len(chosen))
+  of = cluster.MiniBatchKMeans(clusters, n_init=3, random_state=seed, batch_size=4096).fit_predict(
+      embedding[chosen])
+  typical = _nearest(embedding[chosen], embedding[chosen], _TYPICAL, without_own=True)[0].mean(1)
+  labels_in = np.bincount(of[len(pool):], minlength=clusters)
+  doubt = np.bincount(of[:len(pool)], 1 - confidence[pool], clusters)
+  found: list[int] = []
+  while len(found) < count:
+    left = np.setdiff1d(np.arange(len(pool)), found)
+    # Fewest labels first, then the most doubt in all.
+    present = np.unique(of[left])
+    best = present[np.lexsort((-doubt[present], labels_in[present]))[0]]
+    members = left[of[left] == best]
+    found.append(int(members[np.argmax(typical[members])]))
+    labels_in[best] += 1
+  return pool[found]
+
+
+def calibration_error(confidence: Float[np.ndarray, ' n'], correct: Bool[np.ndarray, ' n'],
+                      bins: int = 10) -> float:
+  """Expected calibration error: |mean confidence - accuracy|, over bins of equally many images."""
+  order, total = np.argsort(confidence, kind='stable'), 0.0
+  for part in np.array_split(order, min(bins, len(order))):
+    total += abs(confidence[part].mean() - correct[part].mean()) * len(part)
+  return float(total / len(order))
+
+
+def _nearest(queries, rows, k, without_own=False):
+  """(similarity [Q, k'], row [Q, k']) of the nearest rows, k' = k or fewer."""
+  own = np.arange(len(queries), dtype=np.int32) if without_own else None
+  found = knn.nearest(np.asarray(queries, np.float32), np.asarray(rows, np.float32), own,
+                      k=min(k, len(rows) - without_own))
+  similarity, row = map(np.asarray, found)
+  return similarity, row
+
+
+def _vote(similarity, label, k, temperature, classes):
+  """[Q, C] shares of the vote of the k nearest."""
+  scores = np.asarray(knn.vote(similarity[:, :k], label[:, :k], temperature, classes))
+  return scores / scores.sum(axis=1, keepdims=True)
+
+
+def _decide(scores):
+  """([Q] the best class, [Q] its lead over the second as log odds, within ±5)."""
+  second, first = np.sort(scores, axis=1)[:, -2:].T
+  return scores.argmax(axis=1), np.log((first + 0.0067) / (second + 0.0067))
+
+
+def _calibrate(margin, similarity, correct):
+  """(intercept, weights) of the probability that a prediction is right."""
+  if correct.all() or not correct.any():  # the rule of succession
+    p = (correct.sum() + 1) / (len(correct) + 2)
+    return float(np.log(p / (1 - p))), 0.0, 0.0
+  model = linear_model.LogisticRegression().fit(np.stack([margin, similarity], axis=1), correct)
+  return float(model.intercept_[0]), *map(float, model.coef_[0])
+
+
+def _confidence(calibration, margin, similarity):
+  intercept, of_margin, of_similarity = calibration
+  return 1 / (1 + np.exp(-(intercept + of_margin * margin + of_similarity * similarity)))
+
+
+def _regression():
+  return linear_model.LogisticRegression(C=10.0, max_iter=1000)
+
+
+def _linear(embedding, label, classes):
+  """[D + 1, C] weights; with two classes scikit-learn keeps those of the second alone."""
+  model = _regression().fit(embedding, label)
+  weights = np.concatenate([model.coef_, model.intercept_[:, None]], axis=1).T
+  return np.concatenate([np.zeros_like(weights), weights], axis=1) if classes == 2 else weights
+
+
+def _linear_scores(embedding, weights):
+  logits = embedding @ weights[:-1] + weights[-1]
+  exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+  return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def _linear_left_out(embedding, label, classes):
+  """[n, C] scores of each image by a classifier that has not seen it."""
+  scores = np.zeros((len(label), classes))
+  folds = model_selection.KFold(min(_FOLDS, len(label)), shuffle=True, random_state=0)
+  for rest, left_out in folds.split(embedding):
+    present = np.unique(label[rest])
+    if len(present) == 1:
+      scores[left_out, present[0]] = 1
+      continue
+    number = np.searchsorted(present, label[rest])
+    weights = _linear(embedding[rest], number, len(present))
+    scores[np.ix_(left_out, present)] = _linear_scores(embedding[left_out], weights)
+  return scores
