@@ -40,10 +40,10 @@ def main():
   embedding, rows = model.embed(images), []
   for seed in args.seeds:
     order = np.random.RandomState(seed).permutation(len(label))
-    chosen = np.sort(order[:COUNTS[0]])
+    chosen, found = np.sort(order[:COUNTS[0]]), None
     for count in COUNTS:
       measure = lambda labeled: accuracy(embedding, label, labeled, model.config.knn.temperature)
-      if count > len(chosen):
+      if found is not None:
         more = classifier.suggest(embedding, chosen, found.confidence, count - len(chosen), seed)
         chosen = np.sort(np.concatenate([chosen, more]))
       suggested, found = measure(chosen)
