@@ -9,8 +9,8 @@ import sys
 
 from instdisc_jax.runtime import distributed, errors
 
-COMMANDS = ('main', 'evaluate', 'embed', 'classify', 'retrieve', 'preview', 'convert', 'reproduce',
-            'compile')
+COMMANDS = ('main', 'evaluate', 'embed', 'classify', 'audit', 'retrieve', 'preview', 'convert',
+            'reproduce', 'compile')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

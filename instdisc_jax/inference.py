@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import decode, folder
 from instdisc_jax.data import images as images_lib
-from instdisc_jax.evaluation import classifier, embedding, knn
+from instdisc_jax.evaluation import classifier, embedding, feature_store, knn
 from instdisc_jax.runtime import checkpoint, digest, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
@@ -156,6 +157,21 @@ class Model:
     """
     for part in self.engine.run(self.variables, images, first=first):
       yield part[embedding.EMBEDDING]
+
+  def fresh(self, images: data.Images) -> Float[np.ndarray, 'N D']:
+    """The embeddings of the central views of many images.
+
+    They are computed once, and kept in the workdir under the digest of the weights unless the
+    workdir is a bucket.
+
+    Raises:
+      errors.UserError: an image cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+      place = pathlib.Path(scratch) if files.in_bucket(self.workdir) else self.workdir / 'features'
+      found = feature_store.collect(self.engine, self.variables, self.digest(), images, place,
+                                    [embedding.EMBEDDING])
+      return np.array(found[embedding.EMBEDDING])
 
   def neighbors(self, images: Any, k: int = 20
                 ) -> tuple[Float[np.ndarray, 'B k'], Int[np.ndarray, 'B k']]:

@@ -17,7 +17,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from instdisc_jax import classify, convert, embed, evaluate, main, preview, reproduce, retrieve
+from instdisc_jax import (
+    audit,
+    classify,
+    convert,
+    embed,
+    evaluate,
+    main,
+    preview,
+    reproduce,
+    retrieve,
+)
 from instdisc_jax import compile as compile_lib
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import folder as folder_lib
@@ -301,6 +311,14 @@ CASES = [
          ['--workdir=run', '--labels=l.csv', '--output=p.json']),
     Case('fewer than 0 suggestions', 'classify',
          ['--workdir=run', '--labels=l.csv', '--output=p.csv', '--suggest=-1']),
+    Case('an audit of a folder that is not a run', 'audit', ['--workdir=run', '--output=out']),
+    Case('an audit into a folder with files', 'audit', ['--workdir=run', '--output=notes'],
+         _writes('notes/todo.txt', '')),
+    Case('a threshold that is no cosine', 'audit',
+         ['--workdir=run', '--output=out', '--threshold=1.5']),
+    Case('a threshold that is no number', 'audit',
+         ['--workdir=run', '--output=out', '--threshold=high']),
+    Case('a test set without images', 'audit', ['--workdir=run', '--output=out', '--test=images']),
     Case('page of a folder that is not a run', 'retrieve', ['--workdir=run', '--output=page']),
     Case('page in a folder with other files', 'retrieve', ['--workdir=run', '--output=notes'],
          _writes('notes/todo.txt', '')),
@@ -354,7 +372,7 @@ def answer(case):
     else:
       module = {'main': main, 'convert': convert, 'preview': preview, 'embed': embed,
                 'evaluate': evaluate, 'retrieve': retrieve, 'reproduce': reproduce,
-                'classify': classify,
+                'classify': classify, 'audit': audit,
                 'compile': compile_lib}[case.command]
       with contextlib.redirect_stderr(errors):
         code = module.main(case.arguments)

@@ -42,6 +42,10 @@ class Files:
     with open(os.path.join(self.root, self.paths[i]), 'rb') as file:
       return file.read()
 
+  def size(self, i: int) -> int:
+    """Bytes of the i-th file, which is not read."""
+    return os.stat(os.path.join(self.root, self.paths[i])).st_size
+
   def stamp(self) -> str:
     """A digest of the files' location and modification times."""
     digest = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))

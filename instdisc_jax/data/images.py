@@ -142,5 +142,8 @@ class _At:
   def __getitem__(self, i):
     return self.files[self.chosen[i]]
 
+  def size(self, i):
+    return self.files.size(self.chosen[i])
+
   def stamp(self):
     return self.files.stamp() if hasattr(self.files, 'stamp') else ''

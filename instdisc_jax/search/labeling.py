@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 from jaxtyping import Int
@@ -14,7 +13,7 @@ import numpy as np
 from instdisc_jax import inference, linalg
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
-from instdisc_jax.evaluation import classifier, embedding, feature_store
+from instdisc_jax.evaluation import classifier
 from instdisc_jax.runtime import errors, files
 from instdisc_jax.runtime import workdir as workdir_lib
 
@@ -96,7 +95,7 @@ def run(model: inference.Model, task: Task, output: pathlib.Path, method: str = 
   """
   source, rows, given = task.images, task.rows, task.labels
   names: Any = source.names
-  features = _embeddings(model, source)
+  features = model.fresh(source)
   temperature = model.config.knn.temperature
   fitted = classifier.fit(features[rows], given, [names[i] for i in rows], method, temperature)
   found = fitted.predict(features)
@@ -181,15 +180,6 @@ def _own_folder(workdir):
     raise errors.UserError(f"'{workdir}' was not trained on a folder of images",
                            remedy='set <--images> to the folder to classify', setting='--images')
   return path
-
-
-def _embeddings(model, source):
-  """[N, D] fresh embeddings of the central views, kept in the workdir unless that is a bucket."""
-  with tempfile.TemporaryDirectory() as scratch:
-    place = pathlib.Path(scratch) if files.in_bucket(model.workdir) else model.workdir / 'features'
-    found = feature_store.collect(model.engine, model.variables, model.digest(), source, place,
-                                  [embedding.EMBEDDING])
-    return np.array(found[embedding.EMBEDDING])
 
 
 def _write(output, names, fitted, found, given):

@@ -85,8 +85,8 @@ def test_the_same_in_python(trained_folder, tmp_path):
 def test_raw_pixels_that_are_better_are_told(trained_folder, tmp_path, monkeypatch, capsys):
   images, workdir, _ = trained_folder
   random = np.random.default_rng(0)
-  monkeypatch.setattr(labeling.feature_store, 'collect', lambda *args, **kwargs: {
-      'embedding': twins.unit_rows(random, 40, 16).astype(np.float32)})
+  monkeypatch.setattr(inference.Model, 'fresh', lambda *_: (
+      twins.unit_rows(random, 40, 16).astype(np.float32)))
   assert _run(workdir, _labels(tmp_path, _names(images)[::2]), tmp_path)[0] == 0
   assert 'warning: raw pixels reach' in capsys.readouterr().err
 

@@ -1,0 +1,193 @@
+"""Duplicates, leaks and outliers among images, by their embeddings.
+
+The search is exact, over all rows and on all devices. Two images count as duplicates if their
+cosine reaches a threshold, which is chosen from the rows themselves unless it is given: where of
+the pairs above it at most one in a hundred would be there by chance.
+"""
+
+from collections.abc import Callable, Sequence
+import csv
+import dataclasses
+import io
+import pathlib
+
+import jax
+from jaxtyping import Float, Int
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from instdisc_jax.evaluation import knn
+from instdisc_jax.runtime import errors, files, metrics
+from instdisc_jax.runtime import mesh as mesh_lib
+
+NEIGHBORS = 10  # of each row: enough to connect every group
+_CROWD = 5  # nearest rows that decide whether a row is an outlier
+_CHUNK = 4096  # queries searched at once
+_OUTLIERS = 0.01  # share of the rows that are listed as outliers
+_BY_CHANCE = 0.01  # share of the pairs above the threshold
+_LEAST = 0.5  # no pair below is ever a duplicate
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearest:
+  """The nearest rows of each of n vectors, most similar first.
+
+  Attributes:
+    similarity: [n, k].
+    row: [n, k] int.
+  """
+  similarity: Float[np.ndarray, 'n k']
+  row: Int[np.ndarray, 'n k']
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+  """What is remarkable in a set of images.
+
+  Attributes:
+    threshold: cosine from which two images are duplicates.
+    groups: each the indices of images that are duplicates of each other, the one to keep first;
+      the largest groups first.
+    similarity: [N] cosine of each image and its nearest other image.
+    outliers: indices of the images least like their nearest five, the least like first.
+    crowd: [N] mean cosine of each image and its nearest five.
+    leaks: [(index of a query, index of the image that it repeats, cosine)], most similar first.
+  """
+  threshold: float
+  groups: list[list[int]]
+  similarity: Float[np.ndarray, ' N']
+  outliers: Int[np.ndarray, ' m']
+  crowd: Float[np.ndarray, ' N']
+  leaks: list[tuple[int, int, float]]
+
+
+def examine(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | None = None, *,
+            threshold: float | None = None, sizes: Sequence[int] | None = None,
+            check: Callable[[], None] = lambda: None) -> Findings:
+  """Finds duplicates and outliers among rows, and queries that repeat one of them.
+
+  Args:
+    rows: [N, D] unit-norm, N at least 2.
+    queries: [Q, D] unit-norm, e.g. of a test set, or None.
+    threshold: cosine from which two images are duplicates; by default `choose_threshold`.
+    sizes: [N] bytes of the images' files: of a group, the largest is kept; by default the first.
+    check: called between chunks; an exception that it raises ends the search.
+  """
+  found = search(rows, None, NEIGHBORS, check)
+  if threshold is None:
+    threshold = choose_threshold(found.similarity[:, 0])
+  crowd = found.similarity[:, :_CROWD].mean(axis=1)
+  count = max(1, int(_OUTLIERS * len(rows)))
+  leaks = []
+  if queries is not None and len(queries):
+    nearest = search(rows, queries, 1, check)
+    leaks = [(int(i), int(nearest.row[i, 0]), float(nearest.similarity[i, 0]))
+             for i in np.argsort(-nearest.similarity[:, 0], kind='stable')
+             if nearest.similarity[i, 0] >= threshold]
+  return Findings(threshold, connect(found, threshold, sizes), found.similarity[:, 0],
+                  np.argsort(crowd, kind='stable')[:count], crowd, leaks)
+
+
+def search(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | None, k: int,
+           check: Callable[[], None] = lambda: None) -> Nearest:
+  """The k nearest rows of each query, or of each row among the others if there are no queries."""
+  mesh, own = mesh_lib.make(), queries is None
+  k = min(k, len(rows) - own)
+  find = knn.over_mesh(mesh, k, len(rows))
+  bank = mesh_lib.shard_rows(np.asarray(rows, np.float32), mesh)
+  asked = np.asarray(rows if queries is None else queries, np.float32)
+  chunk, parts = min(_CHUNK, len(asked)), []
+  with metrics.progress_bar('searching') as progress:
+    for start in progress.track(range(0, len(asked), chunk)):
+      chosen = np.minimum(np.arange(start, start + chunk), len(asked) - 1)  # one size to compile
+      own_row = chosen.astype(np.int32) if own else np.full(chunk, -1, np.int32)
+      parts.append(jax.device_get(find(asked[chosen], bank, own_row)))
+      check()
+  similarity, row = (np.concatenate(part)[:len(asked)] for part in zip(*parts))
+  return Nearest(similarity, row)
+
+
+def choose_threshold(similarity: Float[np.ndarray, ' N']) -> float:
+  """The cosine above which at most one pair in a hundred is expected by chance.
+
+  The distance of the nearest neighbor follows a Weibull distribution, F(r) = 1 - exp(-c r^d) with d
+  the dimension of the data, at small distances too unless there are duplicates. c and d come from
+  the quartiles.
+
+  Args:
+    similarity: [N] cosine of each row and its nearest other row.
+
+  Returns:
+    A cosine of at least 0.5; 1 + 1e-6, above all, if nothing stands out.
+  """
+  distance = np.sort(np.sqrt(np.maximum(2 - 2 * similarity.astype(np.float64), 1e-12)))
+  n, shares = len(distance), np.array([0.25, 0.75])
+  low, high = np.quantile(distance, shares)
+  if high <= low:
+    return 1.0 - 1e-6  # at least a quarter are identical
+  hazards = -np.log(1 - shares)
+  power = np.log(hazards[1] / hazards[0]) / np.log(high / low)
+  by_chance = n * hazards[0] * (distance / low) ** power
+  observed = np.arange(1, n + 1)
+  good = np.flatnonzero((by_chance <= _BY_CHANCE * observed)
+                        & (distance <= np.sqrt(2 - 2 * _LEAST)))
+  if not len(good):
+    return 1.0 + 1e-6
+  # Halfway, in logarithms, to where one by chance would be enough.
+  last = distance[good[-1]]
+  limit = low * (_BY_CHANCE * observed[good[-1]] / (n * hazards[0])) ** (1 / power)
+  r = np.sqrt(last * max(last, min(limit, np.sqrt(2 - 2 * _LEAST))))
+  return float(1 - r**2 / 2)
+
+
+def connect(found: Nearest, threshold: float,
+            sizes: Sequence[int] | None = None) -> list[list[int]]:
+  """Groups of rows that are connected by pairs at or above the threshold.
+
+  Args:
+    found: the nearest other rows of all rows.
+    threshold: a cosine.
+    sizes: [N]; the largest of a group comes first, ties and the rest in the order of the rows.
+  """
+  n = len(found.row)
+  i, j = np.nonzero(found.similarity >= threshold)
+  graph = sparse.coo_matrix((np.ones(len(i), bool), (i, found.row[i, j])), shape=(n, n))
+  _, of = csgraph.connected_components(graph, directed=False)
+  order = np.argsort(of, kind='stable')
+  parts = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
+  groups = [part.tolist() for part in parts if len(part) > 1]
+  if sizes is not None:
+    groups = [sorted(group, key=lambda row: (-sizes[row], row)) for group in groups]
+  return sorted(groups, key=lambda group: (-len(group), group[0]))
+
+
+def write(folder: pathlib.Path, findings: Findings, names: Sequence[str],
+          query_names: Sequence[str] = ()) -> None:
+  """Writes duplicates.csv, outliers.csv and leaks.csv.
+
+  Args:
+    folder: created if needed.
+    findings: what was found.
+    names: [N] the paths of the images.
+    query_names: [Q] the paths of the queries.
+
+  Raises:
+    errors.UserError: they cannot be written.
+  """
+  tables = {
+      'duplicates.csv': [('group', 'path', 'similarity', 'keep'), *(
+          (number, names[i], f'{findings.similarity[i]:.4f}', str(i == group[0]).lower())
+          for number, group in enumerate(findings.groups) for i in group)],
+      'outliers.csv': [('path', 'similarity'), *(
+          (names[i], f'{findings.crowd[i]:.4f}') for i in findings.outliers)],
+      'leaks.csv': [('path', 'repeats', 'similarity'), *(
+          (query_names[i], names[j], f'{similarity:.4f}') for i, j, similarity in findings.leaks)]}
+  try:
+    folder.mkdir(exist_ok=True)
+    for name, lines in tables.items():
+      text = io.StringIO()
+      csv.writer(text, lineterminator='\n').writerows(lines)
+      files.write(folder / name, text.getvalue())
+  except OSError as e:
+    raise errors.cannot_write(folder, e, '--output') from e
