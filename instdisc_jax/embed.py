@@ -6,8 +6,8 @@ import pathlib
 import jax
 
 from instdisc_jax import cli, inference
-from instdisc_jax.runtime import distributed, errors, preemption
-from instdisc_jax.search import export
+from instdisc_jax.runtime import distributed, preemption
+from instdisc_jax.search import export, formats
 
 _FLAGS = {'dataset.on_unreadable': '--on_unreadable', 'dataset.name': '--images'}
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     cli.join_processes(args)
     output = pathlib.Path(args.output)
-    distributed.first_only(lambda: errors.check_output(output, ('.npz',)))
+    distributed.first_only(lambda: formats.check(output))
     with preemption.Watch() as watch:
       count = export.write(inference.load(args.workdir), args.images, output, watch,
                            args.on_unreadable)
@@ -31,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser():
   parser = cli.make_parser(
       'embed', __doc__,
-      '--workdir=DIR --images=FOLDER --output=FILE.npz [--on_unreadable=skip]')
+      '--workdir=DIR --images=FOLDER --output=FILE [--on_unreadable=skip]')
   cli.add_workdir(parser, 'folder of a run, or one made by instdisc_jax.convert')
   parser.add_argument('--images', required=True, metavar='FOLDER', help='images of any size')
-  parser.add_argument('--output', required=True, metavar='FILE.npz',
-                      help='the file to write, with the arrays path, embedding and index')
+  parser.add_argument('--output', required=True, metavar='FILE',
+                      help='the file to write: .npz, .npy, .parquet (with a map, neighbors and '
+                           'labels, for pandas and embedding-atlas) or .faiss')
   cli.add_on_unreadable(parser)
   cli.add_processes(parser)
   return parser

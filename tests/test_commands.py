@@ -24,7 +24,7 @@ def test_every_command_is_listed_with_its_meaning(capsys):
 
 def test_a_command_is_run_with_its_arguments(capsys):
   assert commands.main(['embed', '--workdir=w', '--images=i', '--output=a.txt']) == 2
-  assert "--output is 'a.txt', must be a file that ends in .npz" in capsys.readouterr().err
+  assert "--output is 'a.txt', must be a file that ends in .npz or" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_a_user_error(capsys):

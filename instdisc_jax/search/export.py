@@ -23,6 +23,7 @@ from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import distributed, errors, metrics, preemption
+from instdisc_jax.search import formats
 
 PART = 1024  # images per part, whatever the number of devices: a resume may use another
 
@@ -37,8 +38,8 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
   Args:
     model: a trained run.
     images: the folder.
-    output: the .npz to write: 'path' [n] str, 'embedding' [n, D] float32 unit-norm, 'index' [n]
-      int32, the bank row of an image that the run was trained on, else -1.
+    output: the file to write, see `formats`; 'index' is the bank row of an image that the run was
+      trained on, else -1.
     watch: checked after each chunk, in all processes.
     on_unreadable: see `folder.load`.
 
@@ -49,7 +50,7 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
     errors.UserError: there are no images, one cannot be read, or the output cannot be written.
     errors.Stopped: stopped by a signal; completed parts are kept.
   """
-  source, _, listing = folder.load(images, on_unreadable, setting='--images')
+  source, class_names, listing = folder.load(images, on_unreadable, setting='--images')
   _check_same(source, images)
   index = model.rows_of(source, listing['files'])
   parts = _Parts(output, {'weights': model.digest(), 'images': source.identity(), 'part': PART})
@@ -59,7 +60,9 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
   if first < len(source):
     _embed(model, source, first, watch,
            lambda part, embedding: _on_first(output, lambda: parts.write(part, embedding)))
-  _on_first(output, lambda: parts.combine(np.array(source.names), index))
+  label = (None if source.labels is None or class_names is None
+           else [class_names[i] for i in source.labels])
+  _on_first(output, lambda: parts.combine(np.array(source.names), index, label))
   return len(source)
 
 
@@ -146,12 +149,11 @@ class _Parts:
     np.save(partial, embedding)
     os.replace(partial, self._part(number))
 
-  def combine(self, path: np.ndarray, index: Int[np.ndarray, ' n']) -> None:
+  def combine(self, path: np.ndarray, index: Int[np.ndarray, ' n'],
+              label: list[str] | None) -> None:
     """Writes the parts as one file, then removes the folder."""
     embedding = np.concatenate([np.load(self._part(i)) for i in range(self.count())])
-    partial = self.folder / 'all.npz'
-    np.savez(partial, path=path, embedding=embedding, index=index)
-    os.replace(partial, self.output)
+    formats.write(self.output, formats.Embedded(path, embedding, index, label), self.folder)
     shutil.rmtree(self.folder)
 
   def _part(self, number):

@@ -1,0 +1,50 @@
+"""A map of embeddings: a projection to two dimensions that keeps neighbors together.
+
+UMAP if it is installed (`pip install umap-learn`), else scikit-learn's t-SNE, or for many images
+the two largest principal components.
+"""
+
+import importlib
+import importlib.util
+from typing import Any
+
+from jaxtyping import Float
+import numpy as np
+from sklearn import decomposition, manifold
+
+_FEW = 10  # rows up to which principal components are all there is to see
+_MOST_TSNE = 10_000  # rows, minutes of work
+_DIMENSIONS = 50  # that t-SNE starts from
+
+
+def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndarray, 'N 2']:
+  """[N, 2] float32 positions, centered, with a standard deviation of 1 in the wider direction.
+
+  Args:
+    embedding: [N, D] unit-norm.
+    seed: of the random numbers.
+  """
+  count = len(embedding)
+  if count == 1:
+    return np.zeros((1, 2), np.float32)
+  if count <= _FEW:
+    place = _components(embedding, 2, seed)
+  elif importlib.util.find_spec('umap') is not None:
+    umap: Any = importlib.import_module('umap')
+    place = umap.UMAP(metric='cosine', random_state=seed, n_jobs=1,
+                      n_neighbors=min(15, count - 1)).fit_transform(embedding)
+  elif count <= _MOST_TSNE:
+    place = manifold.TSNE(perplexity=min(30.0, (count - 1) / 3), random_state=seed,
+                          init='pca').fit_transform(_components(embedding, _DIMENSIONS, seed))
+  else:
+    place = _components(embedding, 2, seed)
+  place = np.asarray(place, np.float32)
+  place -= place.mean(axis=0)
+  return place / max(float(place.std(axis=0).max()), 1e-12)
+
+
+def _components(embedding, most, seed):
+  """[N, c] principal components, c at most `most`; zeros where there are fewer than two."""
+  count = min(most, *embedding.shape)
+  found = decomposition.PCA(count, random_state=seed).fit_transform(embedding)
+  return np.pad(found, ((0, 0), (0, max(0, 2 - count))))

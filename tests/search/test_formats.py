@@ -1,0 +1,115 @@
+import csv
+
+import numpy as np
+import pytest
+
+from instdisc_jax import embed
+from instdisc_jax.runtime import errors
+from instdisc_jax.search import formats, projection
+from tests import twins
+
+
+def _embedded(n=60, dim=16):
+  random = np.random.default_rng(0)
+  return formats.Embedded(
+      np.array([f'a,"{i}".jpg' for i in range(n)]), twins.unit_rows(random, n, dim).astype('f4'),
+      np.where(np.arange(n) % 3, np.arange(n), -1).astype(np.int32), ['b', 'a'] * (n // 2))
+
+
+def _rows(file):
+  return list(csv.DictReader(file.open()))
+
+
+def test_numpy_files(tmp_path):
+  found = _embedded()
+  formats.write(tmp_path / 'e.npz', found, tmp_path)
+  formats.write(tmp_path / 'e.npy', found, tmp_path)
+  with np.load(tmp_path / 'e.npz', allow_pickle=False) as file:
+    for name in ('path', 'embedding', 'index'):
+      np.testing.assert_array_equal(file[name], getattr(found, name))
+  np.testing.assert_array_equal(np.load(tmp_path / 'e.npy'), found.embedding)
+  rows = _rows(tmp_path / 'e.csv')
+  assert [row['path'] for row in rows] == found.path.tolist()
+  assert [int(row['index']) for row in rows] == found.index.tolist()
+  assert [row['label'] for row in rows] == found.label
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['e.csv', 'e.npy', 'e.npz']
+
+
+def test_faiss_finds_the_neighbors(tmp_path):
+  faiss = pytest.importorskip('faiss', reason='faiss is not installed')
+  found = _embedded()
+  formats.write(tmp_path / 'e.faiss', found, tmp_path)
+  index = faiss.read_index(str(tmp_path / 'e.faiss'))
+  similarity, row = index.search(found.embedding[:5], 3)
+  scores = found.embedding[:5] @ found.embedding.T
+  np.testing.assert_array_equal(row, np.argsort(-scores, axis=1)[:, :3])
+  np.testing.assert_allclose(similarity[:, 0], 1, atol=1e-5)
+  assert len(_rows(tmp_path / 'e.csv')) == 60
+
+
+def test_pandas_reads_the_table(tmp_path):
+  pytest.importorskip('pyarrow', reason='pyarrow is not installed')
+  pandas = pytest.importorskip('pandas', reason='pandas is not installed')
+  found = _embedded()
+  formats.write(tmp_path / 'e.parquet', found, tmp_path)
+  table = pandas.read_parquet(tmp_path / 'e.parquet')
+  assert list(table) == ['path', 'index', 'label', 'embedding', 'x', 'y', 'neighbors']
+  assert table['path'].tolist() == found.path.tolist() and table['label'].tolist() == found.label
+  np.testing.assert_array_equal(np.stack(table['embedding']), found.embedding)
+  assert np.isfinite(table[['x', 'y']].to_numpy()).all()
+  scores = found.embedding @ found.embedding.T
+  for i, near in enumerate(table['neighbors']):
+    np.testing.assert_array_equal(near['ids'], np.argsort(-scores[i], kind='stable')[:15])
+    np.testing.assert_allclose(near['distances'], 1 - scores[i, near['ids']], atol=1e-5)
+
+
+def test_the_table_s_embeddings_have_a_fixed_size(tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet', reason='pyarrow is not installed')
+  for n in (1, 2, 60):
+    found = _embedded(60)
+    some = formats.Embedded(found.path[:n], found.embedding[:n], found.index[:n], None)
+    formats.write(tmp_path / 'e.parquet', some, tmp_path)
+    schema = parquet.read_schema(tmp_path / 'e.parquet')
+    assert str(schema.field('embedding').type).startswith('fixed_size_list<element: float>[16]')
+    assert parquet.read_table(tmp_path / 'e.parquet')['label'].null_count == n
+
+
+def test_the_command_writes_a_table(trained_folder, tmp_path, capsys):
+  parquet = pytest.importorskip('pyarrow.parquet', reason='pyarrow is not installed')
+  images, workdir, _ = trained_folder
+  for name in ('a.npz', 'a.parquet'):
+    assert embed.main([f'--workdir={workdir}', f'--images={images}',
+                       f'--output={tmp_path / name}']) == 0
+  table = parquet.read_table(tmp_path / 'a.parquet').to_pydict()
+  with np.load(tmp_path / 'a.npz') as file:
+    np.testing.assert_array_equal(np.array(table['embedding'], np.float32), file['embedding'])
+    assert table['path'] == file['path'].tolist() and table['index'] == file['index'].tolist()
+  assert table['label'] == [path.split('/')[0] for path in table['path']]
+
+
+@pytest.mark.parametrize('suffix', ['.parquet', '.faiss'])
+def test_a_missing_package_is_a_user_error(tmp_path, monkeypatch, suffix):
+  def absent(name):
+    raise ImportError(name)
+  monkeypatch.setattr(formats.importlib, 'import_module', absent)
+  with pytest.raises(errors.UserError, match='needs a package that is not installed: run pip'):
+    formats.check(tmp_path / f'e{suffix}')
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 40])
+def test_a_map_has_a_place_for_every_image(n):
+  place = projection.project(_embedded(60).embedding[:n])
+  assert place.shape == (n, 2) and np.isfinite(place).all()
+  if n > 2:
+    assert place.std(axis=0).max() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_map_keeps_clusters_together():
+  random = np.random.default_rng(0)
+  centers = np.repeat(twins.unit_rows(random, 3, 16), 30, axis=0)
+  x = centers + 0.02 * random.standard_normal(centers.shape)
+  place = projection.project((x / np.linalg.norm(x, axis=1, keepdims=True)).astype('f4'))
+  middle = place.reshape(3, 30, 2).mean(axis=1, keepdims=True)
+  spread = np.abs(place.reshape(3, 30, 2) - middle).max()
+  apart = min(np.linalg.norm(middle[i] - middle[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+  assert spread < apart / 2
