@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise errors.UserError('--test needs --images', remedy='set <--images> to the folder to '
                              'compare with', setting='--images')
     with preemption.Watch() as watch:
-      model = inference.load(args.workdir)
+      model = inference.load(args.workdir, args.features)
       images, test = _images(model, args)
       if len(images) < 2:
         raise errors.UserError(f'there is {len(images)} image to compare', 'two or more',
@@ -54,7 +54,7 @@ def _parser():
   parser = cli.make_parser(
       'audit', __doc__, '--workdir=DIR --output=FOLDER [--images=FOLDER [--test=FOLDER]] '
       '[--threshold=S]')
-  cli.add_workdir(parser, 'folder of a run, or one made by instdisc_jax.convert')
+  cli.add_workdir(parser, 'folder of a run, or a .pth or .safetensors file with weights')
   parser.add_argument('--output', required=True, metavar='FOLDER', help='the folder to make')
   parser.add_argument('--images', metavar='FOLDER',
                       help='the images to examine (default: the training images of the run, and '
@@ -64,6 +64,7 @@ def _parser():
   parser.add_argument('--threshold', type=_number, metavar='S',
                       help='cosine from which two images are duplicates (default: chosen from the '
                            'images, so that at most 1%% of the pairs are there by chance)')
+  cli.add_features(parser)
   cli.add_on_unreadable(parser)
   return parser
 

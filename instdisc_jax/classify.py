@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise errors.UserError(f'--suggest is {args.suggest}', 'at least 0', setting='--suggest')
     task = labeling.prepare(pathlib.Path(args.labels), args.workdir, args.images,
                             args.on_unreadable)
-    found = labeling.run(inference.load(args.workdir), task, output, args.method, args.suggest)
+    found = labeling.run(inference.load(args.workdir, args.features), task, output, args.method,
+                         args.suggest)
     _show(found, output)
 
   return cli.run(command, _FLAGS)
@@ -39,7 +40,7 @@ def _parser():
   parser = cli.make_parser(
       'classify', __doc__, '--workdir=DIR --labels=FILE.csv --output=FILE.csv [--images=FOLDER] '
       '[--method=knn|linear] [--suggest=N]')
-  cli.add_workdir(parser, 'folder of a run, or one made by instdisc_jax.convert')
+  cli.add_workdir(parser, 'folder of a run, or a .pth or .safetensors file with weights')
   parser.add_argument('--labels', required=True, metavar='FILE.csv',
                       help='lines of path,label for some of the images; paths are relative to '
                            'their folder')
@@ -53,6 +54,7 @@ def _parser():
                            'classifier of the embeddings')
   cli.add_integer(parser, '--suggest', metavar='N', default=0,
                   help='also write the N images worth labeling next, to NAME-suggested.csv')
+  cli.add_features(parser)
   cli.add_on_unreadable(parser)
   return parser
 

@@ -78,6 +78,13 @@ def add_workdir(parser: argparse.ArgumentParser, meaning: str) -> None:
   parser.add_argument('--workdir', metavar='DIR', required=True, help=meaning)
 
 
+def add_features(parser: argparse.ArgumentParser) -> None:
+  """Adds --features."""
+  parser.add_argument('--features', metavar='NAME',
+                      help='what represents an image: embedding, pooled, or conv1 to conv5 '
+                           '(default: embedding; pooled for weights that were never trained here)')
+
+
 def add_on_unreadable(parser: argparse.ArgumentParser) -> None:
   """Adds --on_unreadable."""
   parser.add_argument('--on_unreadable', choices=('error', 'skip'), default='error',

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = pathlib.Path(args.output)
     distributed.first_only(lambda: formats.check(output))
     with preemption.Watch() as watch:
-      count = export.write(inference.load(args.workdir), args.images, output, watch,
+      count = export.write(inference.load(args.workdir, args.features), args.images, output, watch,
                            args.on_unreadable)
     if jax.process_index() == 0:
       print(f'{output}: {count} embeddings')
@@ -31,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser():
   parser = cli.make_parser(
       'embed', __doc__,
-      '--workdir=DIR --images=FOLDER --output=FILE [--on_unreadable=skip]')
-  cli.add_workdir(parser, 'folder of a run, or one made by instdisc_jax.convert')
+      '--workdir=DIR --images=FOLDER --output=FILE [--features=NAME]')
+  cli.add_workdir(parser, 'folder of a run, or a .pth or .safetensors file with weights')
   parser.add_argument('--images', required=True, metavar='FOLDER', help='images of any size')
   parser.add_argument('--output', required=True, metavar='FILE',
                       help='the file to write: .npz, .npy, .parquet (with a map, neighbors and '
                            'labels, for pandas and embedding-atlas) or .faiss')
+  cli.add_features(parser)
   cli.add_on_unreadable(parser)
   cli.add_processes(parser)
   return parser

@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 from typing import Any
+import weakref
 
 import jax
 from jaxtyping import Float, Int
@@ -20,23 +21,49 @@ from instdisc_jax.evaluation import classifier, embedding, feature_store, knn
 from instdisc_jax.runtime import checkpoint, digest, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.training import import_checkpoint as importing
 from instdisc_jax.training import state as state_lib
 
+FEATURES = (embedding.EMBEDDING, 'pooled', *reversed(embedding.STAGES[:-1]))
 
-def load(workdir: str | os.PathLike[str]) -> 'Model':
+
+def load(workdir: str | os.PathLike[str], features: str | None = None) -> 'Model':
   """Opens the newest intact checkpoint of a workdir; the bank is read on demand.
 
   Args:
-    workdir: the folder of a run, or one made by `convert`.
+    workdir: the folder of a run, or one made by `convert`; or a file with the weights of a known
+      encoder, see `training.import_checkpoint`.
+    features: what represents an image: 'embedding', 'pooled', or 'conv1' to 'conv5', of unit norm;
+      by default the embedding or, of weights that were never trained here, 'pooled'.
 
   Returns:
     A `Model` on all devices.
 
   Raises:
-    errors.UserError: there is no intact checkpoint.
+    errors.UserError: there is no intact checkpoint, or the encoder has no such features.
   """
+  place = files.place(workdir)
+  if not files.in_bucket(place) and place.is_file():
+    return _of_file(place, features)
+  return Model(workdir, _config(workdir), features)
+
+
+def _of_file(file, features):
+  """A `Model` with the weights of a file."""
+  folder = tempfile.TemporaryDirectory(prefix='instdisc-')
+  importing.import_checkpoint(file, folder.name)
+  model = Model(folder.name, _config(folder.name), features)
+  weakref.finalize(model, folder.cleanup)
+  return model
+
+
+def _config(workdir):
+  """The configuration of a workdir; imported weights see views of their family's usual size."""
   settings, _ = workdir_lib.read(workdir)
-  return Model(workdir, config_lib.from_json(settings))
+  config = config_lib.from_json(settings)
+  if 'seed' not in settings and config.augment.size is None:
+    config.augment.size = 32 if config.model.name.endswith('_cifar') else 224
+  return config
 
 
 class Model:
@@ -45,20 +72,30 @@ class Model:
   Args:
     workdir: the folder they come from.
     config: the run's configuration.
+    features: see `load`.
 
   Attributes:
     workdir: the folder, as a path.
     config: a `ConfigDict`.
+    features: what represents an image.
     step: the checkpoint's step.
+    has_bank: whether there is a bank; imported weights may lack one.
     encoder: a Linen module.
     variables: the encoder's {'params', 'batch_stats'}.
     mesh: all devices, of all processes.
     engine: computes features of images, on all devices.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], config: config_lib.Config):
+  def __init__(self, workdir: str | os.PathLike[str], config: config_lib.Config,
+               features: str | None = None):
     self.workdir, self.config = files.place(workdir), config
     state = self._read('step', 'params', 'batch_stats')
+    self.has_bank = 'bank' in state['fields']
+    default = embedding.EMBEDDING if self.has_bank else 'pooled'
+    self.features = default if features is None else features
+    if self.features not in FEATURES:
+      raise errors.UserError(f"--features is '{features}'", ', '.join(FEATURES[:-1])
+                             + f' or {FEATURES[-1]}', setting='--features')
     self.step = int(state['step'])
     self.encoder = state_lib.create_encoder(config)
     self.mesh = mesh_lib.make()
@@ -76,17 +113,17 @@ class Model:
     return None if bank is None else linalg.unit(np.asarray(bank, np.float32))
 
   @property
-  def has_bank(self) -> bool:
-    """Whether there is a bank; imported weights may lack one."""
-    return self._bank is not None
-
-  @property
   def bank(self) -> Float[np.ndarray, 'N D']:
     """The unit-norm rows; raises `errors.UserError` if there is no bank."""
     if self._bank is None:
       raise errors.UserError(f"'{self.workdir}' has weights but no memory bank",
                              remedy='train on it first', setting='--workdir')
     return self._bank
+
+  @property
+  def was_trained(self) -> bool:
+    """Whether the workdir is that of a run; else it holds weights only."""
+    return 'dataset.name' in workdir_lib.read(self.workdir)[0]
 
   @property
   def dataset(self) -> data.Dataset:
@@ -118,7 +155,7 @@ class Model:
     return self.dataset.class_names
 
   def embed(self, images: Any) -> Float[np.ndarray, 'B D']:
-    """Embeddings, as the evaluation computes them.
+    """Embeddings, as the evaluation computes them, or other features of unit norm.
 
     Args:
       images: [B, H, W, 3] uint8, or one [H, W, 3], or a list of such images and paths, of any
@@ -140,7 +177,8 @@ class Model:
         and len({x.shape for x in arrays}) == 1):
       source = np.stack(arrays)  # cropped on the device, as in the run's evaluation
     names = [f"'{x}'" if isinstance(x, pathlib.Path) else f'image {i}' for i, x in enumerate(given)]
-    return self.engine.embed(self.variables, _Named(source, None, '', names))
+    parts = list(self.embed_all(_Named(source, None, '', names))) if given else []
+    return np.concatenate(parts or [np.zeros((0, self.config.model.embedding_dim), np.float32)])
 
   def embed_all(self, images: data.Images, first: int = 0) -> Iterator[Float[np.ndarray, 'n D']]:
     """Embeddings of many images, read and decoded ahead of the encoder.
@@ -155,8 +193,16 @@ class Model:
     Raises:
       errors.UserError: see `embed`; the message names the image.
     """
-    for part in self.engine.run(self.variables, images, first=first):
-      yield part[embedding.EMBEDDING]
+    for part in self.engine.run(self.variables, images, (self.features,), first):
+      yield self._unit(part)
+
+  def _unit(self, part):
+    """The features of some images; only embeddings have unit norm by themselves."""
+    if self.features not in part:
+      raise errors.UserError(f'{self.config.model.name} has no features {self.features}',
+                             remedy='set <--features>=pooled', setting='--features')
+    x = part[self.features]
+    return x if self.features == embedding.EMBEDDING else linalg.unit(np.asarray(x, np.float32))
 
   def fresh(self, images: data.Images) -> Float[np.ndarray, 'N D']:
     """The embeddings of the central views of many images.
@@ -170,8 +216,8 @@ class Model:
     with tempfile.TemporaryDirectory() as scratch:
       place = pathlib.Path(scratch) if files.in_bucket(self.workdir) else self.workdir / 'features'
       found = feature_store.collect(self.engine, self.variables, self.digest(), images, place,
-                                    [embedding.EMBEDDING])
-      return np.array(found[embedding.EMBEDDING])
+                                    [self.features])
+      return np.array(self._unit(found))
 
   def neighbors(self, images: Any, k: int = 20
                 ) -> tuple[Float[np.ndarray, 'B k'], Int[np.ndarray, 'B k']]:
@@ -187,6 +233,8 @@ class Model:
     Raises:
       errors.UserError: see `embed`; or there is no bank, or k is out of range.
     """
+    if self.features != embedding.EMBEDDING:
+      raise errors.UserError(f'features is {self.features}', 'embedding, as the rows of the bank')
     if not isinstance(k, (int, np.integer)) or not 1 <= k <= len(self.bank):
       raise errors.UserError(f'k is {k}', f'from 1 to the {len(self.bank)} rows of the bank')
     similarity, row = knn.nearest(self.embed(images), self.bank, k=int(k))

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = pathlib.Path(args.output).resolve()
     queries = page.Queries(args.images, args.queries, args.on_unreadable)
     with preemption.Watch() as watch:
-      count = page.build(inference.load(args.workdir), output, watch, queries)
+      count = page.build(inference.load(args.workdir, args.features), output, watch, queries)
     print(f'{output / "index.html"}: {count} queries')
 
   return cli.run(command, _FLAGS)
@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser():
   parser = cli.make_parser(
       'retrieve', __doc__, '--workdir=DIR --output=FOLDER [--images=FOLDER] [--queries=N]')
-  cli.add_workdir(parser, 'folder of a run')
+  cli.add_workdir(parser, 'folder of a run, or a .pth or .safetensors file with weights')
   parser.add_argument('--output', required=True, metavar='FOLDER',
                       help='the folder to make; open its index.html')
   parser.add_argument('--images', metavar='FOLDER',
                       help='query images (default: those held out from training)')
   cli.add_integer(parser, '--queries', default=page.Queries.most, metavar='N',
                   help='maximum number of query images, evenly spread (default: %(default)s)')
+  cli.add_features(parser)
   cli.add_on_unreadable(parser)
   return parser
 

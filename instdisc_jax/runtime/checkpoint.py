@@ -260,7 +260,7 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
 
   Returns:
     {'step', 'params', 'batch_stats', 'opt_state', 'bank' (N rows, or None), 'normalizer'}, nested
-    dicts of NumPy arrays.
+    dicts of NumPy arrays; and 'fields', the names of those that the checkpoint has.
 
   Raises:
     errors.UserError: there is no intact checkpoint.
@@ -271,8 +271,10 @@ def read(folder: str | os.PathLike[str], names: Collection[str] | None = None) -
         like, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
         partial_restore=True))
     count = _num_rows(files.place(folder) / str(step), metadata)
-  return restored | {name: jax.tree.map(lambda rows: rows[:count], restored[name])
-                     for name in _PER_ROW if restored.get(name) is not None}
+    fields = {name for name, part in metadata.tree.items() if part is not None}
+  return restored | {'fields': fields} | {
+      name: jax.tree.map(lambda rows: rows[:count], restored[name])
+      for name in _PER_ROW if restored.get(name) is not None}
 
 
 def read_rows(folder: str | os.PathLike[str], sharding: NamedSharding,

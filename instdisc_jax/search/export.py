@@ -53,7 +53,8 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
   source, class_names, listing = folder.load(images, on_unreadable, setting='--images')
   _check_same(source, images)
   index = model.rows_of(source, listing['files'])
-  parts = _Parts(output, {'weights': model.digest(), 'images': source.identity(), 'part': PART})
+  parts = _Parts(output, {'weights': model.digest(), 'features': model.features,
+                          'images': source.identity(), 'part': PART})
   _on_first(output, parts.open)
   done = parts.count() if jax.process_index() == 0 else 0
   first = min(int(distributed.agree(done)) * PART, len(source))
@@ -76,12 +77,12 @@ def _check_same(source, images):
 
 def _embed(model, source, first, watch, write_part: Callable[[int, np.ndarray], None]) -> None:
   """Embeds the images from `first` on and passes the embeddings on in parts."""
-  waiting, number = np.zeros((0, model.config.model.embedding_dim), np.float32), first // PART
+  waiting, number = None, first // PART
   with metrics.progress_bar('embedding') as progress:
     task = progress.add_task('embedding', total=len(source), completed=first)
     try:
       for chunk in model.embed_all(source, first):
-        waiting = np.concatenate([waiting, chunk])
+        waiting = chunk if waiting is None else np.concatenate([waiting, chunk])
         while len(waiting) >= PART:
           write_part(number, waiting[:PART])
           waiting, number = waiting[PART:], number + 1
@@ -89,7 +90,7 @@ def _embed(model, source, first, watch, write_part: Callable[[int, np.ndarray], 
         watch.check()
     except images_lib.UnreadableImage as e:
       raise e.with_remedy('remove it, or set <--on_unreadable>=skip, or <--images>') from e
-  if len(waiting):
+  if waiting is not None and len(waiting):
     write_part(number, waiting)
 
 

@@ -175,7 +175,8 @@ def _lines(file):
 
 
 def _own_folder(workdir):
-  kind, _, path = workdir_lib.read(workdir)[0].get('dataset.name', '').partition(':')
+  settings = {} if os.path.isfile(workdir) else workdir_lib.read(workdir)[0]
+  kind, _, path = settings.get('dataset.name', '').partition(':')
   if kind != 'folder':
     raise errors.UserError(f"'{workdir}' was not trained on a folder of images",
                            remedy='set <--images> to the folder to classify', setting='--images')

@@ -7,6 +7,7 @@ It is a folder that opens from disk, without a server, and works offline:
     images/       a thumbnail of each image
 """
 
+from collections.abc import Sequence
 import concurrent.futures
 import dataclasses
 import json
@@ -24,7 +25,7 @@ from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, metrics, preemption
-from instdisc_jax.search import neighbors
+from instdisc_jax.search import audit, neighbors
 
 TEMPLATE = pathlib.Path(__file__).with_name('page.html')
 MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
@@ -46,6 +47,20 @@ class Queries:
   folder: str | None = None
   most: int = 1000
   on_unreadable: str = 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched:
+  """The images among which neighbors are searched.
+
+  Attributes:
+    title: a description of them.
+    images: N images.
+    class_names: the names of their classes, or None.
+  """
+  title: str
+  images: images_lib.Images
+  class_names: Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +107,9 @@ def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
           queries: Queries | None = None, limits: neighbors.Limits | None = None) -> int:
   """Builds the page.
 
-  Similarities are cosines between the fresh embedding of a query and the rows of the memory bank;
-  for a training image, between its own row and the other rows.
+  Similarities are cosines of fresh embeddings of central views, never of the bank's rows, which
+  average random views. The images searched are those that the run was trained on; for weights
+  without a run, those of the queries' folder.
 
   Args:
     model: a trained run.
@@ -106,52 +122,54 @@ def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
     The number of queries.
 
   Raises:
-    errors.UserError: there is no bank, the training images are gone, or an image cannot be read.
+    errors.UserError: the training images are gone, there is one image only, or it cannot be read.
     errors.Stopped: stopped by a signal; nothing is left behind.
   """
   queries, limits = queries or Queries(), limits or neighbors.Limits()
-  trained = _trained_images(model)
-  asked = _open(queries, model)
+  searched, asked = _open(queries, model)
+  if len(searched.images) < 2:
+    raise errors.UserError(f"'{model.workdir}' was trained on one image, which has no neighbors",
+                           remedy='set <--workdir> to another run', setting='--workdir')
+  rows = model.fresh(searched.images)
+  watch.check()
   embedding = None if asked.images is None else _embed(model, asked.images, watch)
-  found = _search(model, asked, embedding, limits, watch)
-  sources = [_named(trained, found.shown.rows, 'train')]
+  found = _search(model.config.seed, rows, asked, embedding, limits, watch)
+  sources = [_named(searched.images, found.shown.rows, 'train')]
   if asked.images is not None:
     sources.append(asked.images)
-  _write(_content(model, asked, found, sources), sources, output, watch)
+  _write(_content(searched, asked, found, sources), sources, output, watch)
   return len(asked.rows if asked.images is None else asked.images)
 
 
-def _trained_images(model):
-  """The images of the bank's rows."""
+def _open(queries, model) -> tuple[_Searched, _Asked]:
+  """The images to search, and the queries."""
+  if not model.was_trained and queries.folder is not None:
+    images, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
+    return (_Searched(f'images in {queries.folder}', images, names),
+            _Asked('all images', rows=neighbors.spread(len(images), queries.most)))
   try:
-    trained = model.dataset.train
+    dataset = model.dataset
   except errors.UserError as e:
     if e.setting != 'dataset.name':
       raise
     raise e.with_remedy('restore the images that the run was trained on') from e
-  if len(model.bank) < 2:
-    raise errors.UserError(f"'{model.workdir}' was trained on one image, which has no neighbors",
-                           remedy='set <--workdir> to another run', setting='--workdir')
-  return trained
-
-
-def _open(queries, model):
-  """The queries, as images or as rows of the bank."""
+  searched = _Searched(f'{dataset.name}, step {model.step:,}', dataset.train, _class_names(model))
   if queries.folder is not None:
     given, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
-    given = dataclasses.replace(given, labels=_run_labels(given.labels, names, model, len(given)))
+    given = dataclasses.replace(given, labels=_run_labels(given.labels, names, searched.class_names,
+                                                          len(given)))
     title = f'images in {queries.folder}'
-  elif model.dataset.test is not None:
-    given, title = model.dataset.test, 'held-out images'
+  elif dataset.test is not None:
+    given, title = dataset.test, 'held-out images'
   else:
-    return _Asked('training images', rows=neighbors.spread(len(model.dataset.train), queries.most))
+    rows = neighbors.spread(len(dataset.train), queries.most)
+    return searched, _Asked('training images', rows=rows)
   chosen = neighbors.spread(len(given), queries.most)
-  return _Asked(title, _named(given, chosen, 'test'))
+  return searched, _Asked(title, _named(given, chosen, 'test'))
 
 
-def _run_labels(labels, names, model, n):
+def _run_labels(labels, names, class_names, n):
   """[n] labels of a folder's images as classes of the run; -1 where the run has no such class."""
-  class_names = _class_names(model)
   if labels is None or class_names is None:
     return np.full(n, -1, np.int32)
   number = {name: i for i, name in enumerate(class_names)}
@@ -188,12 +206,14 @@ def _embed(model, images, watch) -> Float[np.ndarray, 'q D']:
   return np.concatenate(parts)
 
 
-def _search(model, asked, embedding, limits, watch):
+def _search(seed, bank, asked, embedding, limits, watch):
   """The search results that the page shows."""
-  bank, k = model.bank, limits.neighbors
-  rows, nearest = neighbors.scan(bank, model.config.seed, limits.scanned)
+  k = limits.neighbors
+  rows, nearest = neighbors.scan(bank, seed, limits.scanned)
   watch.check()
-  duplicates = neighbors.duplicates(rows, nearest, limits.listed)
+  threshold = audit.choose_threshold(nearest.similarity[:, 0])
+  duplicates = [pair for pair in neighbors.duplicates(rows, nearest, limits.listed)
+                if pair[2] >= threshold]
   outliers = neighbors.outliers(rows, nearest, limits.listed)
   others = np.array([pair[:2] for pair in duplicates], int).ravel()
   of_queries = None
@@ -208,7 +228,7 @@ def _search(model, asked, embedding, limits, watch):
   return _Found(shown, of_queries, duplicates, outliers, len(rows))
 
 
-def _content(model, asked, found, sources) -> dict[str, Any]:
+def _content(searched, asked, found, sources) -> dict[str, Any]:
   """The content of data.js; images are numbered, training images first, then other queries."""
   shown = found.shown
   number = lambda rows: np.searchsorted(shown.rows, rows).tolist()
@@ -221,9 +241,10 @@ def _content(model, asked, found, sources) -> dict[str, Any]:
   labels = [np.full(len(source), -1) if source.labels is None else source.labels
             for source in sources]
   return {
-      'title': f'{model.dataset.name}, step {model.step:,}', 'queried': asked.title,
-      'rows': len(model.bank), 'trained': len(shown.rows), 'scanned': found.scanned,
-      'restricted': number(shown.restricted), 'classes': _class_names(model),
+      'title': searched.title, 'queried': asked.title,
+      'rows': len(searched.images), 'trained': len(shown.rows), 'scanned': found.scanned,
+      'restricted': number(shown.restricted),
+      'classes': None if searched.class_names is None else list(searched.class_names),
       'names': [name for source in sources for name in source.names],
       'labels': np.concatenate(labels).tolist(), 'queries': queries, 'neighbors': nearest,
       'similarity': [[round(s, 4) for s in line] for line in similarity],

@@ -9,7 +9,7 @@ import pytest
 from sklearn import neighbors
 
 import instdisc_jax
-from instdisc_jax import data, inference, retrieve
+from instdisc_jax import convert, data, inference, retrieve
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, preemption
 from instdisc_jax.runtime import workdir as workdir_lib
@@ -32,22 +32,20 @@ def test_the_neighbors_are_scikit_learn_s_brute_force(trained, tmp_path):
   workdir, _, config = trained
   assert _make(('workdir', workdir), ('output', tmp_path / 'page'), ('queries', 100)) == 0
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(workdir)
+  rows = model.fresh(model.dataset.train)
   assert len(page['queries']) == 100 and page['rows'] == page['trained'] == 128
   chosen = [int(page['names'][i].removeprefix('test ')) for i in page['queries']]
   assert chosen[0] == 0 and chosen[-1] == 499  # spread over all those held out
   embedding = model.embed(model.dataset.test.files[chosen])
   brute = neighbors.NearestNeighbors(n_neighbors=20, metric='cosine', algorithm='brute')
-  distance, row = brute.fit(model.bank).kneighbors(embedding)
+  distance, row = brute.fit(rows).kneighbors(embedding)
   for i, expected, far in zip(page['queries'], row, distance):
     np.testing.assert_allclose(page['similarity'][i], 1 - far, atol=1e-4)
     assert len({*page['neighbors'][i]} - {*expected.tolist()}) <= 1  # a tie at the end
-  distance, row = brute.fit(model.bank).kneighbors()  # without the own row
+  distance, row = brute.fit(rows).kneighbors()  # without the own row
   for i in range(128):
     np.testing.assert_allclose(page['similarity'][i], 1 - distance[i], atol=1e-4)
     assert i not in page['neighbors'][i]
-  first, second, similarity = page['duplicates'][0]
-  assert similarity == pytest.approx(float(1 - distance.min()), abs=1e-4)
-  assert float(model.bank[first] @ model.bank[second]) == pytest.approx(similarity, abs=1e-4)
   assert page['outliers'][0][0] == np.argmax(distance[:, :5].mean(axis=1))
   assert page['labels'][:128] == model.labels.tolist()
   assert len(list((tmp_path / 'page' / 'images').iterdir())) == 228
@@ -69,20 +67,35 @@ def test_images_of_a_folder_are_the_queries(trained_folder, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {'other', 'page', 'page.partial'}
 
 
+def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path):
+  pytest.importorskip('safetensors', reason='safetensors is not installed')
+  images, workdir, _ = trained_folder
+  shutil.copytree(images, tmp_path / 'images')
+  shutil.copy(tmp_path / 'images' / 'redless' / '04.jpg', tmp_path / 'images' / 'copy.jpg')
+  weights = tmp_path / 'weights.safetensors'
+  assert convert.main([f'--workdir={workdir}', f'--to={weights}']) == 0
+  assert _make(('workdir', weights), ('images', tmp_path / 'images'),
+               ('output', tmp_path / 'page')) == 0
+  page = _page(tmp_path / 'page')
+  (i, j, similarity), = page['duplicates']
+  assert {page['names'][i], page['names'][j]} == {'copy.jpg', 'redless/04.jpg'}
+  assert similarity == pytest.approx(1, abs=1e-4)
+  assert len(page['queries']) == page['rows'] == 41  # no run: the folder is searched
+
+
 def test_a_page_of_many_images_has_those_it_shows(trained, tmp_path):
   page_lib.build(instdisc_jax.load(trained[0]), tmp_path / 'page', preemption.Watch(),
                  page_lib.Queries(most=2), neighbors_lib.Limits(full=50, scanned=60, listed=3))
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(trained[0])
+  rows = model.fresh(model.dataset.train)
   assert page['rows'] == 128 and 20 <= page['trained'] < 128 and page['scanned'] == 60
   row = lambda i: int(page['names'][i].removeprefix('train '))
   for i in page['queries']:  # searched in the full bank
     embedding = model.embed(model.dataset.test.files[int(page['names'][i].removeprefix('test '))])
-    expected = np.sort((embedding @ model.bank.T)[0])[::-1][:20]
+    expected = np.sort((embedding @ rows.T)[0])[::-1][:20]
     np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
     np.testing.assert_allclose(
-        [model.bank[row(j)] @ embedding[0] for j in page['neighbors'][i]], expected, atol=1e-4)
-  for i, j, similarity in page['duplicates']:
-    assert model.bank[row(i)] @ model.bank[row(j)] == pytest.approx(similarity, abs=1e-4)
+        [rows[row(j)] @ embedding[0] for j in page['neighbors'][i]], expected, atol=1e-4)
   assert len(page['outliers']) == 3
 
 
@@ -92,16 +105,16 @@ def test_without_held_out_images_the_queries_are_training_images_in_the_full_ban
   monkeypatch.setattr(inference.Model, 'dataset', dataclasses.replace(model.dataset, test=None))
   page_lib.build(model, tmp_path / 'page', preemption.Watch(), page_lib.Queries(most=4),
                  neighbors_lib.Limits(full=50, listed=3))
-  page = _page(tmp_path / 'page')
+  page, rows = _page(tmp_path / 'page'), model.fresh(model.dataset.train)
   row = lambda i: int(page['names'][i].removeprefix('train '))
   assert len(page['queries']) == 4 and page['trained'] < 128 and page['restricted']
   for i in {*page['queries'], *(i for i, _ in page['outliers'])}:
     assert i not in page['restricted']
-    others = np.delete(model.bank @ model.bank[row(i)], row(i))
+    others = np.delete(rows @ rows[row(i)], row(i))
     np.testing.assert_allclose(page['similarity'][i], np.sort(others)[::-1][:20], atol=1e-4)
   for i in page['restricted']:
     on_page = [j for j in range(page['trained']) if j != i]
-    expected = np.sort(model.bank[[row(j) for j in on_page]] @ model.bank[row(i)])[::-1][:20]
+    expected = np.sort(rows[[row(j) for j in on_page]] @ rows[row(i)])[::-1][:20]
     np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
 
 
