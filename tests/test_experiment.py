@@ -262,3 +262,14 @@ def _fake(num_rows):
   config.dataset.update(name=f'fake:{num_rows}', limit=None)
   config.augment.size = 8
   return config
+
+
+def test_checkpoints_by_time_change_no_bit(trained, tmp_path):
+  workdir, summary, config = trained
+  config = config.copy_and_resolve_references()
+  config.checkpoint.update(every_steps=1000, every_minutes=1e-6, keep=50)
+  found = experiment.run(config, tmp_path / 'run', jax.devices()[:1])
+  for key in ('params_digest', 'bank_digest'):
+    assert found[key] == summary[key]
+  saved = {int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  assert len(saved) > 3 and max(saved) == 12  # not only at the end

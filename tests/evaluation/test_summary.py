@@ -1,0 +1,33 @@
+import pytest
+
+from instdisc_jax.evaluation import summary as summary_lib
+from instdisc_jax.runtime import metrics
+
+
+def _summary(top1, start, pixels, queries=500):
+  return {'knn_top1': top1, 'knn_top1_untrained': start, 'knn_top1_pixels': pixels,
+          'num_queries': queries}
+
+
+@pytest.mark.parametrize('found, helped, words', [
+    (_summary(0.82, 0.39, 0.64), True,
+     'training helped: kNN top-1 is 0.820, 0.390 before it, 0.640 for raw pixels'),
+    (_summary(0.188, 0.32, 0.438), False, 'training did not help: kNN top-1 is 0.188'),
+    (_summary(0.30, 0.32, 0.2), None, 'training made no clear difference'),
+    (_summary(0.30, 0.32, 0.2, 10_000), False, 'start from trained weights (--config.model.init'),
+    (_summary(0.45, 0.32, 0.438, 150), None, 'the standard error of 150 queries is 0.057'),
+    (_summary(0.5, 0.3, None), True, 'training helped: kNN top-1 is 0.500, 0.300 before it'),
+    (_summary(None, None, None), None, '')])
+def test_a_run_says_whether_training_helped(found, helped, words):
+  verdict, line = summary_lib.outcome(found)
+  assert verdict is helped and words in line and (words or not line)
+
+
+def test_the_start_is_measured_before_training_and_kept(trained):
+  workdir, summary, _ = trained
+  first = metrics.read(workdir)[0]
+  assert first == {'step': 0} | {
+      key: summary[key] for key in ('knn_top1_untrained', 'knn_top1_pixels')}
+  assert summary['training_helped'] in (True, False, None)
+  assert summary_lib.start(first).startswith('before training: kNN top-1 is 0.')
+  assert 'with raw pixels' in summary_lib.start(first)
