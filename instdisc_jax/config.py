@@ -95,6 +95,8 @@ SETTINGS = (
     Setting('epochs', 200, 'length of the run in epochs', _at_least(1), changeable=True),
     Setting('steps', None, 'length of the run in steps; overrides epochs', _at_least(1), int,
             changeable=True),
+    Setting('minutes', None, 'length of the run in minutes; epochs and steps are derived from it, '
+            'once, by timing a few steps', _ABOVE_ZERO, float),
     Setting('steps_per_dispatch', None, 'steps per dispatch for resident images; None: 1 on CPU, '
             'else 100', _at_least(1), int, changeable=True),
     Setting('deterministic', False, 'the same bits from run to run on GPU, at some cost in speed'),

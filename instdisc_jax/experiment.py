@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from typing import Any
@@ -24,7 +25,7 @@ from instdisc_jax.runtime import (
 )
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
-from instdisc_jax.training import loop, warm_start
+from instdisc_jax.training import budget, loop, warm_start
 from instdisc_jax.training.monitor import Monitor
 from instdisc_jax.training.plan import Plan
 from instdisc_jax.training.state import Setup, make_init
@@ -119,7 +120,24 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
     config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
         config, num_rows, dataset.train.shape, mesh_lib.memory(mesh))
   setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
-  return setup, dataset.kept(setup.config.dataset.path)
+  dataset = dataset.kept(setup.config.dataset.path)
+  if config.minutes is not None:
+    config = _timed(setup.config, stored, dataset, mesh)
+    setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
+  return setup, dataset
+
+
+def _timed(config, stored, dataset, mesh):
+  """The configuration with the steps that `config.minutes` allow, or those of the resumed run."""
+  num_rows = len(dataset.train)
+  steps = stored.get('steps') if stored.get('minutes') == config.minutes else None
+  if steps is None:
+    steps = budget.steps(config, dataset.train, mesh)
+  epochs = max(1, math.ceil(steps * config.batch_size / num_rows))
+  ratio = epochs / config.epochs
+  config.update(steps=steps, epochs=epochs)
+  config.optimizer.milestones = tuple(round(m * ratio) for m in config.optimizer.milestones)
+  return config
 
 
 def _check_end(workdir, saved, end):

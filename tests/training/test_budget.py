@@ -1,0 +1,52 @@
+import types
+
+import jax
+import pytest
+
+from instdisc_jax import data, experiment
+from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime import workdir as workdir_lib
+from instdisc_jax.training import budget
+from tests.conftest import small_config
+from tests.test_experiment import SignalAt
+
+
+def _config(minutes, **optimizer):
+  config = small_config()
+  config.minutes = minutes
+  config.dataset.path = 'resident'
+  config.optimizer.update(optimizer)
+  return config
+
+
+def test_the_steps_fill_the_time_that_compilation_leaves(monkeypatch):
+  config = _config(2.0)
+  now = types.SimpleNamespace(seconds=0.0)
+
+  def run_steps(state, inputs, count):
+    now.seconds += 30 if not now.seconds else 0.5 * count  # the first call compiles
+    return state, None
+
+  monkeypatch.setattr(budget, 'time', types.SimpleNamespace(monotonic=lambda: now.seconds))
+  monkeypatch.setattr(budget.step_lib, 'over_mesh', lambda *_: run_steps)
+  images = data.load(config.dataset, 0).train
+  assert budget.steps(config, images, mesh_lib.make(jax.devices()[:2])) == (120 - 30) / 0.5
+  now.seconds, config.minutes = 0.0, 0.1
+  assert budget.steps(config, images, mesh_lib.make(jax.devices()[:2])) == 1
+
+
+@pytest.mark.parametrize('schedule', ['milestones', 'cosine'])
+def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(tmp_path, monkeypatch, schedule):
+  monkeypatch.setattr(budget, 'steps', lambda *_: 10)
+  config, devices = _config(1.0, schedule=schedule, milestones=(1, 2)), jax.devices()[:1]
+  with pytest.raises(errors.Stopped):
+    experiment.run(config, tmp_path / 'run', devices, SignalAt(polls=4))
+  monkeypatch.setattr(budget, 'steps', lambda *_: pytest.fail('measured again'))
+  summary = experiment.run(config, tmp_path / 'run', devices)
+  settings, _ = workdir_lib.read(tmp_path / 'run')
+  assert (settings['steps'], settings['epochs'], settings['minutes']) == (10, 3, 1.0)
+  config.minutes, config.steps = None, 10
+  expected = experiment.run(config, tmp_path / 'other', devices)
+  assert summary['steps'] == 10
+  assert summary['params_digest'] == expected['params_digest']
