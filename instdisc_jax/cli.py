@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
 from instdisc_jax import config as config_lib
-from instdisc_jax.runtime import checkpoint, distributed, errors
+from instdisc_jax.runtime import checkpoint, distributed, errors, files, workdir
 
 # {type of a setting: (parser of a value, required form)}
 _FORMS = {int: (int, 'an integer'), float: (float, 'a number'),
@@ -162,6 +162,19 @@ def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
     raise errors.UserError(errors.one_line(e),
                            remedy='see --help for all settings and their form') from e
   return values.config
+
+
+def as_the_start(config: config_lib.Config, overrides: Sequence[str]) -> config_lib.Config:
+  """A configuration whose `model.init` is a run: with that run's recipe, unless overridden."""
+  start = config.model.get('init')
+  if not start or not (files.place(start) / workdir.CONFIG).exists():
+    return config
+  given = [argument.partition('.')[2].partition('=')[0] for argument in overrides]
+  config, taken = config_lib.inherit(config, workdir.read(start)[0], given)
+  if taken:
+    print(f"as in '{start}': " + ', '.join(f'{key}={config_lib.plain(value)}'
+                                           for key, value in taken.items()))
+  return config
 
 
 def _run_config(file):

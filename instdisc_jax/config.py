@@ -4,7 +4,7 @@ A file in `configs/` starts from `default()` and sets what its recipe needs. Any
 overridden on the command line: `--config.loss.temperature=0.1`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple, TypeAlias
@@ -212,6 +212,10 @@ _EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     'loss.kernel': lambda settings: 'xla',
 }
 
+# Settings of the model, loss and bank that suit a machine, not a run.
+_OF_THE_MACHINE = {'model.init', 'model.dtype', 'model.reduce_dtype', 'loss.kernel',
+                   'loss.block_rows', 'bank.dtype'}
+
 # Augment settings for photographs, in the published ImageNet order.
 PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
                    std=(0.229, 0.224, 0.225))
@@ -386,6 +390,28 @@ def from_json(settings: Mapping[str, Any]) -> Config:
       key: tuple(value) if isinstance(value, list) else value
       for key, value in settings.items() if key in _BY_KEY})
   return config
+
+
+def inherit(config: Config, earlier: Mapping[str, Any],
+            given: Collection[str]) -> tuple[Config, dict[str, Any]]:
+  """A configuration with the model, views, loss and bank of the run that it starts from.
+
+  Args:
+    config: a `ConfigDict`.
+    earlier: the settings in that run's config.json.
+    given: the settings that the user gave; they stay.
+
+  Returns:
+    (the copy, {setting: value} of what has changed).
+  """
+  config = config.copy_and_resolve_references()
+  asked, taken = flatten(config), {}
+  for key in asked.keys() & earlier.keys() - set(given) - _OF_THE_MACHINE:
+    value = tuple(earlier[key]) if isinstance(earlier[key], list) else earlier[key]
+    if key.partition('.')[0] in ('model', 'augment', 'loss', 'bank') and asked[key] != value:
+      taken[key] = value
+  config.update_from_flattened_dict(taken)
+  return config, dict(sorted(taken.items()))
 
 
 def resume(config: Config, stored: Mapping[str, Any]) -> Config:

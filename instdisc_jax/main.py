@@ -17,7 +17,7 @@ def main(argv=None) -> int:
                             'gs://BUCKET/FOLDER')
     cli.add_processes(parser)
     args, overrides = parser.parse_known_args(argv)
-    config = cli.read_config(args.config, overrides)
+    config = cli.as_the_start(cli.read_config(args.config, overrides), overrides)
     cli.join_processes(args)
     if config.get('deterministic') is True:
       compilation.make_gpus_deterministic()

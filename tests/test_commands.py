@@ -48,3 +48,12 @@ def test_a_tilde_in_an_argument_is_the_home_folder(monkeypatch):
       ['--workdir=~/runs', '--config.dataset.name=folder:~/images', '--config.model.init=a~b'])
   assert args.workdir == os.path.join('/home/me', 'runs')
   assert rest == ['--config.dataset.name=folder:/home/me/images', '--config.model.init=a~b']
+
+
+def test_a_start_from_a_run_is_configured_like_it(trained, capsys):
+  overrides = [f'--config.model.init={trained[0]}', '--config.model.width=16']
+  config = cli.as_the_start(cli.read_config('configs/digits.py', overrides), overrides)
+  assert (config.model.name, config.model.embedding_dim) == ('resnet10_cifar', 16)
+  assert config.model.width == 16 and config.batch_size == 128
+  assert f"as in '{trained[0]}': " in (said := capsys.readouterr().out)
+  assert 'model.name=resnet10_cifar' in said and 'model.width' not in said

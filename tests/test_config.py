@@ -187,3 +187,16 @@ def test_settings_that_an_earlier_version_lacked_keep_what_they_amounted_to():
   with pytest.raises(errors.UserError, match='model.reduce_dtype is float32, must be bfloat16, as '
                                              'when this run was started: set --config.model.red'):
     config_lib.resume(config, old)
+
+
+def test_a_start_from_a_run_takes_its_recipe_unless_overridden():
+  earlier = config_lib.to_json(config_lib.default()) | {
+      'augment.size': 96, 'augment.crop_scale': [0.5, 1.0], 'loss.temperature': 0.2,
+      'model.width': 32, 'model.dtype': 'bfloat16', 'batch_size': 7, 'seed': 9}
+  config = config_lib.default()
+  config.loss.temperature = 0.05
+  found, taken = config_lib.inherit(config, earlier, ['loss.temperature'])
+  assert taken == {'augment.crop_scale': (0.5, 1.0), 'augment.size': 96, 'model.width': 32}
+  assert (found.augment.size, found.augment.crop_scale) == (96, (0.5, 1.0))
+  assert (found.loss.temperature, found.batch_size, found.seed) == (0.05, 128, 0)
+  assert found.model.dtype == 'float32' and config.augment.size is None
