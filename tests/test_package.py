@@ -84,6 +84,9 @@ def test_the_commands_of_the_readme_run(tmp_path):
   for name in ('configs', 'launch'):
     (tmp_path / name).symlink_to(ROOT / name)
   write_images(tmp_path / 'IMAGES')
+  names = sorted(str(path.relative_to(tmp_path / 'IMAGES'))
+                 for path in (tmp_path / 'IMAGES').rglob('*.*g'))[::3]
+  (tmp_path / 'labels.csv').write_text(''.join(f'{n},{n.split("/")[0]}\n' for n in names))
   images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
   np.savez(tmp_path / 'mine.npz', images=images)
   (tmp_path / 'runs').mkdir()
