@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import tempfile
 from typing import Any
 import weakref
@@ -51,9 +52,11 @@ def load(workdir: str | os.PathLike[str], features: str | None = None) -> 'Model
 def _of_file(file, features):
   """A `Model` with the weights of a file."""
   folder = tempfile.TemporaryDirectory(prefix='instdisc-')
-  importing.import_checkpoint(file, folder.name)
+  found, *_ = importing.import_checkpoint(file, folder.name)
   model = Model(folder.name, _config(folder.name), features)
   weakref.finalize(model, folder.cleanup)
+  print(f'{file}: {found}; images are represented by {model.features}, of views of '
+        f'{model.config.augment.size} pixels', file=sys.stderr)
   return model
 
 

@@ -67,7 +67,7 @@ def test_images_of_a_folder_are_the_queries(trained_folder, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {'other', 'page', 'page.partial'}
 
 
-def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path):
+def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path, capsys):
   pytest.importorskip('safetensors', reason='safetensors is not installed')
   images, workdir, _ = trained_folder
   shutil.copytree(images, tmp_path / 'images')
@@ -81,6 +81,9 @@ def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path):
   assert {page['names'][i], page['names'][j]} == {'copy.jpg', 'redless/04.jpg'}
   assert similarity == pytest.approx(1, abs=1e-4)
   assert len(page['queries']) == page['rows'] == 41  # no run: the folder is searched
+  assert (f'{weights}: encoder: resnet10_cifar, width 2, embedding of 128; head fresh' in
+          (said := capsys.readouterr().err))
+  assert 'represented by pooled, of views of 32 pixels' in said
 
 
 def test_a_page_of_many_images_has_those_it_shows(trained, tmp_path):
