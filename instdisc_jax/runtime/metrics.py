@@ -108,6 +108,19 @@ class Progress:
     self._progress.stop()
 
 
+def duration(seconds: float) -> str:
+  """A time in words, to two digits or so: '40 s', '12 min', '1 h 50 min', '3 days'."""
+  minutes = round(seconds / 60)
+  if seconds < 90:
+    return f'{max(1, round(seconds))} s'
+  if minutes < 90:
+    return f'{minutes} min'
+  if minutes < 36 * 60:
+    hours, rest = divmod(5 * round(minutes / 5), 60)
+    return f'{hours} h' + (f' {rest} min' if rest else '')
+  return f'{round(minutes / 60 / 24)} days'
+
+
 def progress_bar(title: str) -> rich_progress.Progress:
   """A progress bar on a terminal, nothing elsewhere."""
   console = rich_console.Console(stderr=True)

@@ -23,6 +23,7 @@ from instdisc_jax.training.plan import Plan
 from instdisc_jax.training.state import SPECS, Setup, TrainState
 
 _NONE = 2**31 - 1  # instead of a row
+_DAY = 24 * 3600.0  # seconds
 _COLLAPSED = 0.99  # norm of the mean embedding above which an encoder counts as collapsed
 
 
@@ -69,6 +70,7 @@ class Monitor:
     self._lines, self._progress = lines, progress
     self._wall_clock, self._last_saved = wall_clock, last_saved
     self._costs: profiling.Costs | None = None
+    self._on_cpu = mesh_lib.on_cpu(setup.mesh)
     self._collapsed = False
     # An untrained encoder's embeddings are nearly identical, too: a warning waits until they part.
     self._parted = min(plan.end // 2, max(100, plan.end // 20))
@@ -100,8 +102,13 @@ class Monitor:
     rate = self.timer.rate()
     self._progress.advance(dispatch.step, self._plan.epoch(dispatch.step), self.final_loss, rate)
     if self._costs is not None and rate is not None:
-      if utilization := self._costs.utilization(rate / self._batch_size):
-        self._progress.print(f'the first steps: {utilization}')
+      left = (self._plan.end - dispatch.step) * self._batch_size / rate
+      parts = [self._costs.utilization(rate / self._batch_size),
+               f'{metrics.duration(left)} left for {self._plan.end - dispatch.step:,} steps']
+      self._progress.print(f'the first steps: {", ".join(filter(None, parts))}')
+      if left > _DAY and self._on_cpu:
+        self._progress.print('that is long for a CPU: use a GPU, or set --config.minutes, or a '
+                             'smaller --config.augment.size or --config.model.width')
       self._costs = None  # reported once
     if self._plan.logs(dispatch.step):
       self._log(dispatch.step, {name: float(value[-1]) for name, value in history.items()})

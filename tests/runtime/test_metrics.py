@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from tensorboardX import proto  # noqa: F401  (without it the installation is broken)
 
 from instdisc_jax.runtime import metrics as metrics_lib
@@ -33,3 +34,10 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
   metrics.write(10, loss=2.0)
   metrics.close()
   assert [json.loads(line)['step'] for line in file.read_text().splitlines()] == [5, 10]
+
+
+@pytest.mark.parametrize('seconds, words', [
+    (0.2, '1 s'), (40, '40 s'), (100, '2 min'), (12 * 60, '12 min'), (110 * 60, '1 h 50 min'),
+    (3 * 3600, '3 h'), (3 * 86400, '3 days')])
+def test_a_duration_in_words(seconds, words):
+  assert metrics_lib.duration(seconds) == words

@@ -1,11 +1,12 @@
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instdisc_jax.runtime import errors, metrics
+from instdisc_jax.runtime import errors, metrics, profiling
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import monitor as monitor_lib
 from instdisc_jax.training import plan as plan_lib
@@ -104,3 +105,17 @@ def test_the_timer_leaves_out_pauses_and_counts_waiting(monkeypatch):
   now.seconds += 1
   timer.count(10)
   assert timer.rate() == 10 and timer.mean() == 4 and timer.waiting_share() == 0
+
+
+def test_the_time_left_is_told_after_the_first_steps(make_monitor, capsys, monkeypatch):
+  now = types.SimpleNamespace(seconds=0.0)
+  monkeypatch.setattr(time, 'monotonic', lambda: now.seconds)
+  monitor = make_monitor()
+  compiled = jax.jit(jnp.sin).lower(1.0).compile()
+  monitor.compiled(profiling.Costs(compiled, 1.0, jax.devices()[0]))
+  monitor.settle(_dispatch(1, [1.0]))
+  now.seconds += 86_400.0
+  monitor.settle(_dispatch(2, [1.0]))
+  said = capsys.readouterr().out
+  assert '10 days left for 10 steps' in said
+  assert 'that is long for a CPU: use a GPU, or set --config.minutes' in said
