@@ -23,6 +23,7 @@ if [ -n "${SMALL:-}" ]; then
   step=(--width=8 --batch=32 --rows=2000)
   losses=(--rows 5000 --batch=32 --noise=256)
   knn=(--queries=200 --rows=5000 --k=50)
+  parts=(--batch=16 --rows=5000 --queries=200 --side=32)
 else
   out=benchmarks/results
   cifar=(--dtype=bfloat16)
@@ -30,6 +31,7 @@ else
   step=(--batch=512)
   losses=(--rows 50000 1281167 10000000 --batch=256)
   knn=(--queries=50000 --rows=1281167)
+  parts=()
 fi
 
 piece() {  # NUMBER WHAT COMMAND...
@@ -44,6 +46,8 @@ piece 1 "CIFAR step beside PyTorch" benchmarks/train_step.py "${step[@]}" \
   --output="$out/gpu_step_cifar.json"
 piece 2 "CIFAR-10, the full schedule, softmax" benchmarks/cifar10.py --data="arrays:$data" \
   "${cifar[@]}" --output="$out/gpu_cifar10_published.json"
+piece 3 "the parts of a step, beside their model" benchmarks/parts.py "${parts[@]}" \
+  --output="$out/gpu_parts.json"
 piece 3 "losses" benchmarks/loss_step.py "${losses[@]}" --output="$out/gpu_loss_step.json"
 piece 3 "losses, bfloat16 bank" benchmarks/loss_step.py "${losses[@]}" --bank=bfloat16 \
   --output="$out/gpu_loss_step_bfloat16.json"
