@@ -80,7 +80,8 @@ def main():
   models = modeled() if sizes == (256, 1_281_167, 50_000, 224) else {}
   rows = [{'part': part, 'what': what, 'ms': common.seconds(call) * 1e3,
            'modeled ms, H100': models.get(part)} for part, (what, call) in calls(*sizes).items()]
-  common.report('parts', f'B = {args.batch}, N = {args.rows:,}', rows, args.output, sizes=vars(args))
+  common.report('parts', f'B = {args.batch}, N = {args.rows:,}', rows, args.output,
+                sizes=vars(args))
 
 
 if __name__ == '__main__':
