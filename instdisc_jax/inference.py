@@ -19,6 +19,7 @@ from instdisc_jax import data, linalg
 from instdisc_jax.data import decode, folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.evaluation import classifier, embedding, feature_store, knn
+from instdisc_jax.evaluation.classifier import Classifier, Predictions
 from instdisc_jax.runtime import checkpoint, digest, errors, files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
@@ -217,7 +218,7 @@ class Model:
       errors.UserError: an image cannot be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
-      place = pathlib.Path(scratch) if files.in_bucket(self.workdir) else self.workdir / 'features'
+      place = pathlib.Path(scratch if files.in_bucket(self.workdir) else self.workdir / 'features')
       found = feature_store.collect(self.engine, self.variables, self.digest(), images, place,
                                     [self.features])
       return np.array(self._unit(found))
@@ -328,9 +329,9 @@ class Labeled:
     classifier: classifies the embeddings; it has the accuracy by leave-one-out.
   """
   model: Model
-  classifier: classifier.Classifier
+  classifier: Classifier
 
-  def predict(self, images: Any) -> tuple[list[str], classifier.Predictions]:
+  def predict(self, images: Any) -> tuple[list[str], Predictions]:
     """(labels, what else is known of them) for images as `Model.embed` takes them."""
     found = self.classifier.predict(self.model.embed(images))
     return [self.classifier.class_names[i] for i in found.label], found

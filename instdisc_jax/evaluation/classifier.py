@@ -197,8 +197,9 @@ def suggest(embedding: Float[np.ndarray, 'N D'], labeled: Int[np.ndarray, ' n'],
   count = min(count, len(pool))
   chosen = np.concatenate([pool, labeled]).astype(int)
   clusters = min(count + len(labeled), len(chosen))
-  of = cluster.MiniBatchKMeans(clusters, n_init=3, random_state=seed, batch_size=4096).fit_predict(
-      embedding[chosen])
+  starts: Any = 3
+  of = cluster.MiniBatchKMeans(clusters, n_init=starts, random_state=seed,
+                               batch_size=4096).fit_predict(embedding[chosen])
   typical = _nearest(embedding[chosen], embedding[chosen], _TYPICAL, without_own=True)[0].mean(1)
   labels_in = np.bincount(of[len(pool):], minlength=clusters)
   doubt = np.bincount(of[:len(pool)], 1 - confidence[pool], clusters)
@@ -250,7 +251,8 @@ def _calibrate(margin, similarity, correct):
     p = (correct.sum() + 1) / (len(correct) + 2)
     return float(np.log(p / (1 - p))), 0.0, 0.0
   model = linear_model.LogisticRegression().fit(np.stack([margin, similarity], axis=1), correct)
-  return float(model.intercept_[0]), *map(float, model.coef_[0])
+  of_margin, of_similarity = model.coef_[0]
+  return float(model.intercept_[0]), float(of_margin), float(of_similarity)
 
 
 def _confidence(calibration, margin, similarity):

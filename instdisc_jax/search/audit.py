@@ -158,7 +158,8 @@ def connect(found: Nearest, threshold: float,
   parts = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
   groups = [part.tolist() for part in parts if len(part) > 1]
   if sizes is not None:
-    groups = [sorted(group, key=lambda row: (-sizes[row], row)) for group in groups]
+    size = np.asarray(sizes)
+    groups = [sorted(group, key=lambda row: (-size[row], row)) for group in groups]
   return sorted(groups, key=lambda group: (-len(group), group[0]))
 
 

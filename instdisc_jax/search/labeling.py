@@ -184,7 +184,7 @@ def _own_folder(workdir):
 
 
 def _write(output, names, fitted, found, given):
-  lines = [COLUMNS]
+  lines: list[tuple[str, ...]] = [COLUMNS]
   for i, name in enumerate(names):
     label = given.get(i, fitted.class_names[found.label[i]])
     nearest = [value for j, similarity in zip(found.nearest[i], found.similarity[i])
