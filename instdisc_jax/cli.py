@@ -27,7 +27,7 @@ _FORMS = {int: (int, 'an integer'), float: (float, 'a number'),
 class _Parser(argparse.ArgumentParser):
   """Reports a usage error like any other mistake: one line, exit code 2. Expands ~ in paths."""
 
-  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
     args = [_expand(argument) for argument in (sys.argv[1:] if args is None else args)]
     return super().parse_known_args(args, namespace)
 
