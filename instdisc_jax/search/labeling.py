@@ -75,7 +75,7 @@ def prepare(labels: pathlib.Path, workdir: str, images: str | None = None,
   rows, given = read(labels, names, os.path.abspath(os.path.expanduser(root)))
   if len(set(given)) < 2:
     raise errors.UserError(f"all labels of '{labels}' are '{given[0]}'", 'two classes or more',
-                           'add images of another class', '--labels')
+                           'set <--labels> to a file with another class', '--labels')
   return Task(source, rows, given)
 
 
@@ -168,8 +168,8 @@ def _lines(file):
   for number, row in rows:
     if len(row) != 2:
       raise errors.UserError(f"line {number} of '{file}' has {len(row)} value"
-                             + ('' if len(row) == 1 else 's'), 'path,label', 'correct it',
-                             '--labels')
+                             + ('' if len(row) == 1 else 's'), 'path,label',
+                             'correct or remove it', '--labels')
     if (number, row) != (1, ['path', 'label']):
       yield number, row
 

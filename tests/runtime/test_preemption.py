@@ -11,6 +11,7 @@ from instdisc_jax.runtime import mesh as mesh_lib
 _FIRST = '''
 import os, signal, sys, time
 from instdisc_jax.runtime import errors, preemption
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 def command():
   with preemption.Watch() as watch:
     watch.check()
