@@ -2,11 +2,11 @@
 
 import ast
 from collections.abc import Sequence
-import difflib
 import importlib
 import pathlib
 import sys
 
+from instdisc_jax import cli
 from instdisc_jax.runtime import distributed, errors
 
 COMMANDS = ('main', 'evaluate', 'embed', 'classify', 'audit', 'retrieve', 'preview', 'convert',
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('\ninstdisc COMMAND --help describes its arguments.')
     return 0
   if name not in COMMANDS:
-    close = difflib.get_close_matches(name, COMMANDS, 1)
-    return errors.exit_code(_unknown(name, close))
+    return errors.exit_code(lambda: _refuse(name))
   return importlib.import_module(f'instdisc_jax.{name}').main(arguments)
 
 
@@ -34,12 +33,9 @@ def _meaning(command):
   return (ast.get_docstring(ast.parse(source)) or '').partition('\n')[0]
 
 
-def _unknown(name, close):
-  def raise_error():
-    raise errors.UserError(f"unknown command '{name}'"
-                           + (f", perhaps meant as '{close[0]}'" if close else ''),
-                           remedy='see --help for all commands')
-  return raise_error
+def _refuse(name):
+  raise errors.UserError(f"unknown command '{name}'" + cli.perhaps(name, COMMANDS),
+                         remedy='see --help for all commands')
 
 
 def leave() -> None:

@@ -41,6 +41,12 @@ def _expand(argument: str) -> str:
   return (found[1] or '') + os.path.expanduser(found[2]) if found else argument
 
 
+def perhaps(word: str, known: Sequence[str]) -> str:
+  """The rest of a message about an unknown word: the known one that is closest, if any is."""
+  close = difflib.get_close_matches(word, known, 1)
+  return f", perhaps meant as '{close[0]}'" if close else ''
+
+
 def make_parser(name: str, description: str | None, usage: str,
                 epilog: str | None = None) -> argparse.ArgumentParser:
   """The parser of `python -m instdisc_jax.NAME`.
@@ -148,9 +154,7 @@ def read_config(file: str, overrides: Sequence[str]) -> config_lib.Config:
       raise errors.UserError(f"unknown argument '{argument}'", remedy='see --help')
     key = argument.partition('.')[2].partition('=')[0]
     if key not in (known := [setting.key for setting in config_lib.SETTINGS]):
-      close = difflib.get_close_matches(key, known, 1)
-      raise errors.UserError(f"unknown setting '{key}'"
-                             + (f", perhaps meant as '{close[0]}'" if close else ''),
+      raise errors.UserError(f"unknown setting '{key}'" + perhaps(key, known),
                              remedy='see --help for all settings')
   config, values = _run_config(file), absl_flags.FlagValues()
   command = ['main', *overrides]

@@ -20,25 +20,13 @@ from scipy.sparse import csgraph
 from instdisc_jax.evaluation import knn
 from instdisc_jax.runtime import errors, files, metrics
 from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.search.neighbors import CROWD, Nearest
 
 NEIGHBORS = 10  # of each row: enough to connect every group
-_CROWD = 5  # nearest rows that decide whether a row is an outlier
 _CHUNK = 4096  # queries searched at once
 _OUTLIERS = 0.01  # share of the rows that are listed as outliers
 _BY_CHANCE = 0.01  # share of the pairs above the threshold
 _LEAST = 0.5  # no pair below is ever a duplicate
-
-
-@dataclasses.dataclass(frozen=True)
-class Nearest:
-  """The nearest rows of each of n vectors, most similar first.
-
-  Attributes:
-    similarity: [n, k].
-    row: [n, k] int.
-  """
-  similarity: Float[np.ndarray, 'n k']
-  row: Int[np.ndarray, 'n k']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +65,7 @@ def examine(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | 
   found = search(rows, None, NEIGHBORS, check)
   if threshold is None:
     threshold = choose_threshold(found.similarity[:, 0])
-  crowd = found.similarity[:, :_CROWD].mean(axis=1)
+  crowd = found.similarity[:, :CROWD].mean(axis=1)
   count = max(1, int(_OUTLIERS * len(rows)))
   leaks = []
   if queries is not None and len(queries):

@@ -10,7 +10,7 @@ import numpy as np
 
 from instdisc_jax.evaluation import knn
 
-_CROWD = 5  # number of nearest rows that decide whether a row is an outlier
+CROWD = 5  # number of nearest rows that decide whether a row is an outlier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def scan(bank: Float[np.ndarray, 'N D'], seed: int,
   rows = np.arange(len(bank))
   if len(rows) > most:
     rows = np.sort(np.random.RandomState(seed).permutation(len(bank))[:most])
-  return rows, of_rows(rows, bank, _CROWD)
+  return rows, of_rows(rows, bank, CROWD)
 
 
 def duplicates(rows: Int[np.ndarray, ' n'], nearest: Nearest,
