@@ -88,7 +88,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     elif config.model.init is not None:
       state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
                                    setup.mesh)
-    lines = closing(metrics.Metrics(workdir, saved or 0))
+    lines = closing(metrics.Metrics(workdir, -1 if saved is None else saved))
     if saved is None and setup.num_rows <= FEW_ROWS:
       before = evaluator.before(state)
       lines.write(0, **before)

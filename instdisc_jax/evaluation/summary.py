@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from rich import console as rich_console
 from rich import table as rich_table
 
 from instdisc_jax import data
 from instdisc_jax.evaluation import figures
 from instdisc_jax.evaluation.evaluator import Evaluator
-from instdisc_jax.runtime import digest, files, metrics
+from instdisc_jax.runtime import digest, distributed, files, metrics
 from instdisc_jax.training.state import Setup, TrainState
 
 FILE = 'summary.json'
@@ -40,7 +41,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   steps = [line['step_loss'] for line in lines if 'step_loss' in line]
   top1, row = evaluator.recomputed(state)
   before = {key: value for line in lines if line['step'] == 0 for key, value in line.items()}
-  if 'knn_top1_untrained' not in before:
+  if not distributed.agree(np.array('knn_top1_untrained' in before)):  # all measure, or none
     before = evaluator.before(untrained())
   summary = {
       'dataset': dataset.name,
@@ -55,8 +56,8 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
-      'knn_top1_untrained': before['knn_top1_untrained'],
-      'knn_top1_pixels': before['knn_top1_pixels'],
+      'knn_top1_untrained': before.get('knn_top1_untrained'),
+      'knn_top1_pixels': before.get('knn_top1_pixels'),
       'images_per_second': images_per_second,
       'params_digest': digest.of_arrays(
           jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
