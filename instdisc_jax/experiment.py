@@ -88,11 +88,9 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     elif config.model.init is not None:
       state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
                                    setup.mesh)
-    lines = closing(metrics.Metrics(workdir, -1 if saved is None else saved))
+    lines = closing(metrics.Metrics(workdir, saved or 0))
     if saved is None and setup.num_rows <= FEW_ROWS:
-      before = evaluator.before(state)
-      lines.write(0, **before)
-      progress.print(summary_lib.start(before))
+      progress.print(summary_lib.measure_start(workdir, evaluator, state))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
     monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,
                       wall_clock=wall_clock, last_saved=checkpoints.latest_step)

@@ -200,7 +200,7 @@ def test_two_processes_stop_on_a_signal_and_one_resumes(tmp_path):
   assert saved >= 3
   again = _local(tmp_path / 'run', 1, 2, steps=int(saved) + 3)
   assert again.wait() == 0, _log(tmp_path / 'run')
-  steps = [line['step'] for line in metrics.read(tmp_path / 'run') if line['step']]
+  steps = [line['step'] for line in metrics.read(tmp_path / 'run')]
   assert steps == list(range(1, int(saved) + 4))
 
 

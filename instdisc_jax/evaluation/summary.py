@@ -16,7 +16,7 @@ from instdisc_jax.evaluation.evaluator import Evaluator
 from instdisc_jax.runtime import digest, distributed, files, metrics
 from instdisc_jax.training.state import Setup, TrainState
 
-FILE = 'summary.json'
+FILE, START = 'summary.json', 'start.json'
 
 
 def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator: Evaluator,
@@ -40,9 +40,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   lines = metrics.read(workdir)
   steps = [line['step_loss'] for line in lines if 'step_loss' in line]
   top1, row = evaluator.recomputed(state)
-  before = {key: value for line in lines if line['step'] == 0 for key, value in line.items()}
-  if not distributed.agree(np.array('knn_top1_untrained' in before)):  # all measure, or none
-    before = evaluator.before(untrained())
+  before = _before(workdir, evaluator, untrained)
   summary = {
       'dataset': dataset.name,
       'num_rows': setup.num_rows,
@@ -74,12 +72,30 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   return summary
 
 
-def start(before: dict[str, Any]) -> str:
-  """What training has to improve on, in a line."""
+def measure_start(workdir: files.Place, evaluator: Evaluator, state: TrainState) -> str:
+  """Measures what training has to improve on, writes start.json, and says it in a line.
+
+  Args:
+    workdir: the run's folder.
+    evaluator: the run's evaluator.
+    state: the state before training.
+  """
+  before = evaluator.before(state)
+  if jax.process_index() == 0:
+    files.write(workdir / START, json.dumps(before) + '\n')
   shown = [f'{value:.3f} {title}' for title, key in (
       ('with the encoder as it is', 'knn_top1_untrained'), ('with raw pixels', 'knn_top1_pixels'))
            if (value := before[key]) is not None]
   return 'before training: ' + (f'kNN top-1 is {", ".join(shown)}' if shown else 'no labels')
+
+
+def _before(workdir, evaluator, untrained):
+  """What start.json holds, {} where another process reads it; measured now if there is none."""
+  path = workdir / START
+  found = json.loads(path.read_text()) if jax.process_index() == 0 and path.exists() else None
+  if distributed.agree(np.array(found is not None)):  # all processes measure, or none
+    return found or {}
+  return evaluator.before(untrained())
 
 
 def outcome(summary: dict[str, Any]) -> tuple[bool | None, str]:

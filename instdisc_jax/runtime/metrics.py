@@ -19,8 +19,8 @@ class Metrics:
 
   Args:
     workdir: the run's folder.
-    step: the step that the run resumes from, -1 if there is none. Later lines, left by a run that
-      was stopped after its last checkpoint, are dropped, so that no step is reported twice.
+    step: the step that the run resumes from. Later lines, left by a run that was stopped after
+      its last checkpoint, are dropped, so that no step is reported twice.
 
   Attributes:
     earlier_seconds: wall-clock time spent earlier, according to the kept lines.

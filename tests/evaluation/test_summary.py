@@ -1,3 +1,6 @@
+import json
+import types
+
 import pytest
 
 from instdisc_jax.evaluation import summary as summary_lib
@@ -23,11 +26,13 @@ def test_a_run_says_whether_training_helped(found, helped, words):
   assert verdict is helped and words in line and (words or not line)
 
 
-def test_the_start_is_measured_before_training_and_kept(trained):
+def test_the_start_is_measured_before_training_and_kept(trained, tmp_path):
   workdir, summary, _ = trained
-  first = metrics.read(workdir)[0]
-  assert first == {'step': 0} | {
-      key: summary[key] for key in ('knn_top1_untrained', 'knn_top1_pixels')}
+  first = json.loads((workdir / summary_lib.START).read_text())
+  assert first == {key: summary[key] for key in ('knn_top1_untrained', 'knn_top1_pixels')}
   assert summary['training_helped'] in (True, False, None)
-  assert summary_lib.start(first).startswith('before training: kNN top-1 is 0.')
-  assert 'with raw pixels' in summary_lib.start(first)
+  assert metrics.read(workdir)[0]['step'] > 0  # where the lines are those of steps
+  evaluator = types.SimpleNamespace(before=lambda state: first | {'knn_top1_pixels': 0.25})
+  said = summary_lib.measure_start(tmp_path, evaluator, None)
+  assert said.startswith('before training: kNN top-1 is 0.')
+  assert said.endswith(', 0.250 with raw pixels')

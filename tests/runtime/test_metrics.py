@@ -41,11 +41,3 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
     (3 * 3600, '3 h'), (3 * 86400, '3 days')])
 def test_a_duration_in_words(seconds, words):
   assert metrics_lib.duration(seconds) == words
-
-
-def test_a_run_without_a_checkpoint_starts_its_lines_anew(tmp_path):
-  for _ in range(2):
-    metrics = metrics_lib.Metrics(tmp_path, -1)
-    metrics.write(0, knn_top1_pixels=0.5)
-    metrics.close()
-  assert metrics_lib.read(tmp_path) == [{'step': 0, 'knn_top1_pixels': 0.5}]
