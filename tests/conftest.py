@@ -84,9 +84,9 @@ def smooth_images(count=4, height=32, width=32):
                    for c in coarse])
 
 
-def write_images(folder):
+def write_images(folder, seed=0):
   """40 images of 2 classes, of several sizes and formats."""
-  random = np.random.default_rng(0)
+  random = np.random.default_rng(seed)
   for i in range(40):
     coarse = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     coarse[..., i % 2] = 0  # each class lacks a color

@@ -11,19 +11,15 @@ import dataclasses
 import io
 import pathlib
 
-import jax
 from jaxtyping import Float, Int
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from instdisc_jax.evaluation import knn
-from instdisc_jax.runtime import errors, files, metrics
-from instdisc_jax.runtime import mesh as mesh_lib
-from instdisc_jax.search.neighbors import CROWD, Nearest
+from instdisc_jax.runtime import errors, files
+from instdisc_jax.search import neighbors
 
 NEIGHBORS = 10  # of each row: enough to connect every group
-_CHUNK = 4096  # queries searched at once
 _OUTLIERS = 0.01  # share of the rows that are listed as outliers
 _BY_CHANCE = 0.01  # share of the pairs above the threshold
 _LEAST = 0.5  # no pair below is ever a duplicate
@@ -62,38 +58,19 @@ def examine(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | 
     sizes: [N] bytes of the images' files: of a group, the largest is kept; by default the first.
     check: called between chunks; an exception that it raises ends the search.
   """
-  found = search(rows, None, NEIGHBORS, check)
+  found = neighbors.search(rows, None, NEIGHBORS, check=check)
   if threshold is None:
     threshold = choose_threshold(found.similarity[:, 0])
-  crowd = found.similarity[:, :CROWD].mean(axis=1)
+  crowd = found.similarity[:, :neighbors.CROWD].mean(axis=1)
   count = max(1, int(_OUTLIERS * len(rows)))
   leaks = []
   if queries is not None and len(queries):
-    nearest = search(rows, queries, 1, check)
+    nearest = neighbors.search(rows, queries, 1, check=check)
     leaks = [(int(i), int(nearest.row[i, 0]), float(nearest.similarity[i, 0]))
              for i in np.argsort(-nearest.similarity[:, 0], kind='stable')
              if nearest.similarity[i, 0] >= threshold]
   return Findings(threshold, connect(found, threshold, sizes), found.similarity[:, 0],
                   np.argsort(crowd, kind='stable')[:count], crowd, leaks)
-
-
-def search(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | None, k: int,
-           check: Callable[[], None] = lambda: None) -> Nearest:
-  """The k nearest rows of each query, or of each row among the others if there are no queries."""
-  mesh, own = mesh_lib.make(), queries is None
-  k = min(k, len(rows) - own)
-  find = knn.over_mesh(mesh, k, len(rows))
-  bank = mesh_lib.shard_rows(np.asarray(rows, np.float32), mesh)
-  asked = np.asarray(rows if queries is None else queries, np.float32)
-  chunk, parts = min(_CHUNK, len(asked)), []
-  with metrics.progress_bar('searching') as progress:
-    for start in progress.track(range(0, len(asked), chunk)):
-      chosen = np.minimum(np.arange(start, start + chunk), len(asked) - 1)  # one size to compile
-      own_row = chosen.astype(np.int32) if own else np.full(chunk, -1, np.int32)
-      parts.append(jax.device_get(find(asked[chosen], bank, own_row)))
-      check()
-  similarity, row = (np.concatenate(part)[:len(asked)] for part in zip(*parts))
-  return Nearest(similarity, row)
 
 
 def choose_threshold(similarity: Float[np.ndarray, ' N']) -> float:
@@ -129,7 +106,7 @@ def choose_threshold(similarity: Float[np.ndarray, ' N']) -> float:
   return float(1 - r**2 / 2)
 
 
-def connect(found: Nearest, threshold: float,
+def connect(found: neighbors.Nearest, threshold: float,
             sizes: Sequence[int] | None = None) -> list[list[int]]:
   """Groups of rows that are connected by pairs at or above the threshold.
 

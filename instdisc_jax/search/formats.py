@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from instdisc_jax.runtime import errors, files
-from instdisc_jax.search import audit, neighbors, projection
+from instdisc_jax.search import neighbors, projection
 
 SUFFIXES = ('.npz', '.npy', '.parquet', '.faiss')
 _NEEDS = {'.parquet': ('pyarrow', 'pyarrow'), '.faiss': ('faiss', 'faiss-cpu')}  # module, package
@@ -108,7 +108,7 @@ def _write_parquet(file, found):
 def _neighbors(pyarrow, embedding):
   """A column of {'ids', 'distances'}: each row's nearest, itself first, by 1 - cosine."""
   count = len(embedding)
-  near = audit.search(embedding, None, _NEIGHBORS - 1) if count > 1 else neighbors.Nearest(
+  near = neighbors.search(embedding, None, _NEIGHBORS - 1) if count > 1 else neighbors.Nearest(
       np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int32))
   own = np.arange(count)[:, None]
   ids = np.concatenate([own, near.row], axis=1).astype(np.int32)

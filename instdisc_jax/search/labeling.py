@@ -155,6 +155,28 @@ def read(file: pathlib.Path, names: Sequence[str],
   return np.array(rows, np.int32), [label[i] for i in rows]
 
 
+def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:
+  """{path: (label, confidence)}, as `classify` wrote it.
+
+  Raises:
+    errors.UserError: the file cannot be read, or lacks a column.
+  """
+  remedy, setting = 'set <--predictions> to a file that classify wrote', '--predictions'
+  try:
+    with open(file, newline='', encoding='utf-8') as lines:
+      reader = csv.DictReader(lines)
+      missing = {'path', 'label', 'confidence'}.difference(reader.fieldnames or ())
+      found = {} if missing else {row['path']: (row['label'], float(row['confidence']))
+                                  for row in reader}
+  except (OSError, TypeError, ValueError, csv.Error) as e:
+    raise errors.UserError(f"'{file}' cannot be read ({errors.reason(e)})", None, remedy,
+                           setting) from e
+  if missing:
+    raise errors.UserError(f"'{file}' has no column '{min(missing)}'",
+                           'a table with columns path, label and confidence', remedy, setting)
+  return found
+
+
 def _lines(file):
   """Yields (line number, (path, label))."""
   try:

@@ -1,16 +1,18 @@
-"""The search page: images beside their nearest training images, near-duplicates and outliers.
+"""The search page: images beside their nearest, a map of them, duplicates, outliers and leaks.
 
 It is a folder that opens from disk, without a server, and works offline:
 
-    index.html    the same for all pages
-    data.js       the data of this page
-    images/       a thumbnail of each image
+    index.html, *.js, page.css    the same for all pages
+    data.js                       the data of this page
+    images/                       a thumbnail of each image
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -25,11 +27,11 @@ from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, metrics, preemption
-from instdisc_jax.search import audit, neighbors
+from instdisc_jax.search import audit, neighbors, projection
 
-TEMPLATE = pathlib.Path(__file__).with_name('page.html')
+STATIC = pathlib.Path(__file__).with_name('static')
 MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
-_FILES = {'index.html', 'data.js', 'images', 'pictures'}  # the last is an earlier name
+_FILES = {'data.js', 'images', 'pictures', *(file.name for file in STATIC.iterdir())}  # or had
 _SIDE = 128  # longer side of a thumbnail, in pixels
 _LOSSLESS_SIDE = 64  # thumbnails up to this side are lossless
 
@@ -41,12 +43,41 @@ class Queries:
   Attributes:
     folder: a folder of images; by default the run's held-out images or, if there are none, its
       training images.
-    most: maximum number of queries, evenly spread.
+    most: maximum number of queries, evenly spread; those that repeat a training image come on top,
+      at most as many again.
     on_unreadable: see `folder.load`.
   """
   folder: str | None = None
   most: int = 1000
   on_unreadable: str = 'error'
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Size limits of a page.
+
+  Attributes:
+    neighbors: neighbors per image.
+    shown: images on the page, of those searched; besides, there are the neighbors of the queries.
+    outliers: maximum number of outliers to list.
+  """
+  neighbors: int = 20
+  shown: int = 100_000
+  outliers: int = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """What a page holds.
+
+  Attributes:
+    queries: number of queries.
+    shown: number of images on the page, of those searched.
+    searched: number of images searched.
+  """
+  queries: int
+  shown: int
+  searched: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,34 +96,40 @@ class _Searched:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-  """The queries of a page.
+  """The images to choose queries from.
 
   Attributes:
     title: a description of them.
-    images: [q], or None if they are training images.
-    rows: [q] rows of the bank, if they are training images.
+    images: n images, or None if they are those searched.
   """
   title: str
   images: images_lib.Images | None = None
-  rows: Int[np.ndarray, ' q'] = dataclasses.field(default_factory=lambda: np.arange(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-  """The search results, as rows of the bank.
+  """The search results. Images of the page have numbers: those searched first, then the queries.
 
   Attributes:
-    shown: the training images of the page.
-    queries: the nearest rows of queries that are not training images, or None.
-    duplicates: [(row, row, similarity)].
-    outliers: [(row, mean similarity)].
-    scanned: number of rows scanned for duplicates and outliers.
+    shown: [n] the images searched that the page shows, as rows of `_Searched.images`.
+    chosen: [q] the queries, as rows of `_Asked.images`; empty if they are images searched.
+    queries: numbers of the queries.
+    nearest: for every image, the numbers of its nearest.
+    similarity: their cosines.
+    exact: numbers of the images whose nearest are searched among all, or None: all of them.
+    threshold: cosine from which two images are duplicates.
+    outliers: [(number, mean similarity)].
+    place: [n + q, 2] on the map.
   """
-  shown: neighbors.Shown
-  queries: neighbors.Nearest | None
-  duplicates: list[tuple[int, int, float]]
+  shown: Int[np.ndarray, ' n']
+  chosen: Int[np.ndarray, ' q']
+  queries: list[int]
+  nearest: list[list[int]]
+  similarity: list[list[float]]
+  exact: list[int] | None
+  threshold: float
   outliers: list[tuple[int, float]]
-  scanned: int
+  place: Float[np.ndarray, 'm 2']
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -104,7 +141,8 @@ def check_output(output: pathlib.Path) -> None:
 
 
 def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
-          queries: Queries | None = None, limits: neighbors.Limits | None = None) -> int:
+          queries: Queries | None = None, limits: Limits | None = None,
+          predictions: Mapping[str, tuple[str, float]] | None = None) -> Built:
   """Builds the page.
 
   Similarities are cosines of fresh embeddings of central views, never of the bank's rows, which
@@ -116,29 +154,41 @@ def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
     output: the folder to create; an earlier page there is replaced.
     watch: checked regularly.
     queries: the choice of query images.
-    limits: the size limits of the search.
+    limits: the size limits of the page.
+    predictions: {path: (label, confidence)} of the images searched, see
+      `labeling.read_predictions`.
 
   Returns:
-    The number of queries.
+    What the page holds.
 
   Raises:
-    errors.UserError: the training images are gone, there is one image only, or it cannot be read.
+    errors.UserError: the training images are gone, there is one image only, or it cannot be read;
+      or the predictions are of other images.
     errors.Stopped: stopped by a signal; nothing is left behind.
   """
-  queries, limits = queries or Queries(), limits or neighbors.Limits()
+  queries, limits = queries or Queries(), limits or Limits()
   searched, asked = _open(queries, model)
+  names = searched.images.names
   if len(searched.images) < 2:
     raise errors.UserError(f"'{model.workdir}' was trained on one image, which has no neighbors",
                            remedy='set <--workdir> to another run', setting='--workdir')
-  rows = model.fresh(searched.images)
+  if predictions is not None and predictions.keys().isdisjoint(names or ()):
+    raise errors.UserError(f'--predictions names none of the {len(searched.images)} images',
+                           remedy='set <--predictions> to what classify wrote for them',
+                           setting='--predictions')
+  rows, given = _embed(model, searched.images), None
   watch.check()
-  embedding = None if asked.images is None else _embed(model, asked.images, watch)
-  found = _search(model.config.seed, rows, asked, embedding, limits, watch)
-  sources = [_named(searched.images, found.shown.rows, 'train')]
   if asked.images is not None:
-    sources.append(asked.images)
-  _write(_content(searched, asked, found, sources), sources, output, watch)
-  return len(asked.rows if asked.images is None else asked.images)
+    given = _embed(model, asked.images)
+  found = _search(rows, given, queries.most, limits, model.config.seed, watch.check)
+  sources = [_named(searched.images, found.shown, 'train')]
+  if asked.images is not None:
+    sources.append(_named(asked.images, found.chosen, 'test'))
+  content = _content(searched, asked, found, sources)
+  if predictions is not None:
+    content |= _predictions(content, predictions)
+  _write(content, sources, output, watch)
+  return Built(len(found.queries), len(found.shown), len(rows))
 
 
 def _open(queries, model) -> tuple[_Searched, _Asked]:
@@ -146,7 +196,7 @@ def _open(queries, model) -> tuple[_Searched, _Asked]:
   if not model.was_trained and queries.folder is not None:
     images, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
     return (_Searched(f'images in {queries.folder}', images, names),
-            _Asked('all images', rows=neighbors.spread(len(images), queries.most)))
+            _Asked('all images'))
   try:
     dataset = model.dataset
   except errors.UserError as e:
@@ -162,10 +212,8 @@ def _open(queries, model) -> tuple[_Searched, _Asked]:
   elif dataset.test is not None:
     given, title = dataset.test, 'held-out images'
   else:
-    rows = neighbors.spread(len(dataset.train), queries.most)
-    return searched, _Asked('training images', rows=rows)
-  chosen = neighbors.spread(len(given), queries.most)
-  return searched, _Asked(title, _named(given, chosen, 'test'))
+    return searched, _Asked('training images')
+  return searched, _Asked(title, given)
 
 
 def _run_labels(labels, names, class_names, n):
@@ -195,61 +243,90 @@ def _named(source, chosen, kind):
   return part
 
 
-def _embed(model, images, watch) -> Float[np.ndarray, 'q D']:
-  parts = []
+def _embed(model, images) -> Float[np.ndarray, 'n D']:
   try:
-    for part in model.embed_all(images):
-      parts.append(part)
-      watch.check()
+    return model.fresh(images)
   except images_lib.UnreadableImage as e:
     raise e.with_remedy('remove it, or set <--on_unreadable>=skip, or <--images>') from e
-  return np.concatenate(parts)
 
 
-def _search(seed, bank, asked, embedding, limits, watch):
-  """The search results that the page shows."""
-  k = limits.neighbors
-  rows, nearest = neighbors.scan(bank, seed, limits.scanned)
-  watch.check()
-  threshold = audit.choose_threshold(nearest.similarity[:, 0])
-  duplicates = [pair for pair in neighbors.duplicates(rows, nearest, limits.listed)
-                if pair[2] >= threshold]
-  outliers = neighbors.outliers(rows, nearest, limits.listed)
-  others = np.array([pair[:2] for pair in duplicates], int).ravel()
-  of_queries = None
-  if embedding is not None:
-    of_queries = neighbors.of_queries(embedding, bank, k)
-    others = np.concatenate([others, of_queries.row.ravel()])
-  if len(bank) <= limits.full:
-    exact = np.arange(len(bank))
-  else:
-    exact = np.union1d([row for row, _ in outliers], asked.rows).astype(int)
-  shown = neighbors.of_shown(exact, others, bank, k)
-  return _Found(shown, of_queries, duplicates, outliers, len(rows))
+def _search(rows, given, most, limits, seed, check) -> _Found:
+  """The search results that the page shows; see `build`.
+
+  Args:
+    rows: [N, D] of the images searched.
+    given: [n, D] of the images to choose queries from, or None: those searched.
+    most: maximum number of queries.
+    limits: the size limits of the page.
+    seed: of the map.
+    check: called regularly.
+  """
+  k, total = limits.neighbors, len(rows)
+  base = neighbors.spread(total, limits.shown)
+  all_shown = len(base) == total
+  near = neighbors.search(rows[base], None, k, check=check)
+  threshold = audit.choose_threshold(near.similarity[:, 0])
+  chosen, of_queries, own = np.arange(0), None, neighbors.spread(total, most)
+  if given is not None:
+    first = neighbors.search(rows, given, 1, check=check).similarity[:, 0]
+    leaking = np.argsort(-first, kind='stable')[:most]
+    chosen = np.union1d(neighbors.spread(len(given), most),
+                        leaking[first[leaking] >= threshold]).astype(int)
+    own, of_queries = np.arange(0), neighbors.search(rows, given[chosen], k, check=check)
+  elif not all_shown:
+    of_queries = neighbors.search(rows, rows[own], k, own, check)
+
+  others = own if of_queries is None else np.concatenate([own, of_queries.row.ravel()])
+  extra = np.setdiff1d(others, base)
+  shown = np.concatenate([base, extra])
+  number = np.full(total, -1)
+  number[shown] = np.arange(len(shown))
+  nearest, similarity = near.row.tolist(), near.similarity.tolist()
+  if len(extra):
+    near = neighbors.search(rows[shown], rows[extra], k, number[extra], check)
+    nearest += near.row.tolist()
+    similarity += near.similarity.tolist()
+  queries = number[own].tolist() if given is None else list(
+      range(len(shown), len(shown) + len(chosen)))
+  if of_queries is not None:
+    nearest += [[]] * len(chosen)
+    similarity += [[]] * len(chosen)
+    for i, row, values in zip(queries, of_queries.row, of_queries.similarity):
+      nearest[i], similarity[i] = number[row].tolist(), values.tolist()
+  crowd = [float(np.mean(values[:neighbors.CROWD])) for values in similarity[:len(base)]]
+  outliers = [(int(i), crowd[i]) for i in np.argsort(crowd, kind='stable')[:limits.outliers]]
+  mapped = rows[shown] if given is None else np.concatenate([rows[shown], given[chosen]])
+  return _Found(shown, chosen, queries, nearest, similarity, None if all_shown else queries,
+                threshold, outliers, projection.project(mapped, seed))
 
 
 def _content(searched, asked, found, sources) -> dict[str, Any]:
-  """The content of data.js; images are numbered, training images first, then other queries."""
-  shown = found.shown
-  number = lambda rows: np.searchsorted(shown.rows, rows).tolist()
-  nearest, similarity = number(shown.nearest.row), shown.nearest.similarity.tolist()
-  queries = number(asked.rows)
-  if asked.images is not None:
-    queries = list(range(len(shown.rows), len(shown.rows) + len(asked.images)))
-    nearest += number(found.queries.row)
-    similarity += found.queries.similarity.tolist()
+  """The content of data.js."""
   labels = [np.full(len(source), -1) if source.labels is None else source.labels
             for source in sources]
+  x, y = found.place.round(4).T.tolist()
   return {
+      'id': hashlib.sha256(searched.title.partition(',')[0].encode()).hexdigest()[:16],
       'title': searched.title, 'queried': asked.title,
-      'rows': len(searched.images), 'trained': len(shown.rows), 'scanned': found.scanned,
-      'restricted': number(shown.restricted),
+      'rows': len(searched.images), 'trained': len(found.shown), 'exact': found.exact,
+      'files': searched.images.names is not None,
       'classes': None if searched.class_names is None else list(searched.class_names),
       'names': [name for source in sources for name in source.names],
-      'labels': np.concatenate(labels).tolist(), 'queries': queries, 'neighbors': nearest,
-      'similarity': [[round(s, 4) for s in line] for line in similarity],
-      'duplicates': [[*number([i, j]), round(s, 4)] for i, j, s in found.duplicates],
-      'outliers': [[number(i), round(s, 4)] for i, s in found.outliers]}
+      'labels': np.concatenate(labels).tolist(), 'queries': found.queries,
+      'neighbors': found.nearest,
+      'similarity': [[round(s, 6) for s in line] for line in found.similarity],
+      'threshold': math.floor(found.threshold * 1e6) / 1e6,
+      'outliers': [[i, round(s, 4)] for i, s in found.outliers], 'x': x, 'y': y}
+
+
+def _predictions(content, predicted) -> dict[str, Any]:
+  """The predictions of data.js: a class and a confidence for each image searched."""
+  found = [predicted.get(name, ('', 0.0)) for name in content['names'][:content['trained']]]
+  labels = [label for label, _ in found if label]
+  classes = list(dict.fromkeys([*(content['classes'] or ()), *labels]))
+  number = {name: i for i, name in enumerate(classes)}
+  return {'classes': classes, 'predicted': [number.get(label, -1) for label, _ in found],
+          'confidence': [round(confidence, 3) for _, confidence in found]}
 
 
 def _write(content, sources, output, watch):
@@ -261,7 +338,8 @@ def _write(content, sources, output, watch):
     (partial / 'images').mkdir()
     _write_thumbnails(sources, partial / 'images', watch)
     (partial / 'data.js').write_text(f'const PAGE = {json.dumps(content)};\n')
-    shutil.copyfile(TEMPLATE, partial / 'index.html')
+    for file in STATIC.iterdir():
+      shutil.copyfile(file, partial / file.name)
     if output.exists():
       shutil.rmtree(output)
     os.replace(partial, output)

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import types
+from urllib import parse
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from instdisc_jax import convert, data, inference, retrieve
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, preemption
 from instdisc_jax.runtime import workdir as workdir_lib
-from instdisc_jax.search import neighbors as neighbors_lib
+from instdisc_jax.search import labeling
 from instdisc_jax.search import page as page_lib
 from tests.conftest import write_images
 
@@ -77,48 +78,83 @@ def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path, capsys):
   assert _make(('workdir', weights), ('images', tmp_path / 'images'),
                ('output', tmp_path / 'page')) == 0
   page = _page(tmp_path / 'page')
-  (i, j, similarity), = page['duplicates']
-  assert {page['names'][i], page['names'][j]} == {'copy.jpg', 'redless/04.jpg'}
-  assert similarity == pytest.approx(1, abs=1e-4)
+  alike = {page['names'][i]: page['names'][near[0]]
+           for i, (near, values) in enumerate(zip(page['neighbors'], page['similarity']))
+           if values[0] >= page['threshold']}
+  assert alike == {'copy.jpg': 'redless/04.jpg', 'redless/04.jpg': 'copy.jpg'}
   assert len(page['queries']) == page['rows'] == 41  # no run: the folder is searched
   assert (f'{weights}: encoder: resnet10_cifar, width 2, embedding of 128; head fresh' in
           (said := capsys.readouterr().err))
   assert 'represented by pooled, of views of 32 pixels' in said
 
 
-def test_a_page_of_many_images_has_those_it_shows(trained, tmp_path):
-  page_lib.build(instdisc_jax.load(trained[0]), tmp_path / 'page', preemption.Watch(),
-                 page_lib.Queries(most=2), neighbors_lib.Limits(full=50, scanned=60, listed=3))
-  page, model = _page(tmp_path / 'page'), instdisc_jax.load(trained[0])
-  rows = model.fresh(model.dataset.train)
-  assert page['rows'] == 128 and 20 <= page['trained'] < 128 and page['scanned'] == 60
-  row = lambda i: int(page['names'][i].removeprefix('train '))
-  for i in page['queries']:  # searched in the full bank
+def _row(page, i):
+  return int(page['names'][i].removeprefix('train '))
+
+
+def test_a_page_of_many_images_has_some_and_the_nearest_of_its_queries_among_all(trained, tmp_path):
+  model = instdisc_jax.load(trained[0])
+  built = page_lib.build(model, tmp_path / 'page', preemption.Watch(), page_lib.Queries(most=2),
+                         page_lib.Limits(shown=50, outliers=3))
+  page, rows = _page(tmp_path / 'page'), model.fresh(model.dataset.train)
+  assert built == page_lib.Built(2, page['trained'], 128) and 50 < page['trained'] < 128
+  assert [_row(page, i) for i in range(50)] == np.linspace(0, 127, 50).round().tolist()
+  assert page['exact'] == page['queries']
+  for i in page['queries']:
     embedding = model.embed(model.dataset.test.files[int(page['names'][i].removeprefix('test '))])
     expected = np.sort((embedding @ rows.T)[0])[::-1][:20]
     np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
     np.testing.assert_allclose(
-        [rows[row(j)] @ embedding[0] for j in page['neighbors'][i]], expected, atol=1e-4)
-  assert len(page['outliers']) == 3
+        [rows[_row(page, j)] @ embedding[0] for j in page['neighbors'][i]], expected, atol=1e-4)
+  on_page = rows[[_row(page, j) for j in range(page['trained'])]]
+  for i in range(page['trained']):  # among the evenly spread, or all on the page
+    among = np.delete(on_page if i >= 50 else on_page[:50], i, axis=0)
+    expected = np.sort(among @ on_page[i])[::-1][:20]
+    np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
+  assert len(page['outliers']) == 3 and len(page['x']) == page['trained'] + 2
 
 
-def test_without_held_out_images_the_queries_are_training_images_in_the_full_bank(
-    trained, tmp_path, monkeypatch):
+def test_without_held_out_images_the_queries_are_training_images(trained, tmp_path, monkeypatch):
   model = instdisc_jax.load(trained[0])
   monkeypatch.setattr(inference.Model, 'dataset', dataclasses.replace(model.dataset, test=None))
   page_lib.build(model, tmp_path / 'page', preemption.Watch(), page_lib.Queries(most=4),
-                 neighbors_lib.Limits(full=50, listed=3))
+                 page_lib.Limits(shown=50))
   page, rows = _page(tmp_path / 'page'), model.fresh(model.dataset.train)
-  row = lambda i: int(page['names'][i].removeprefix('train '))
-  assert len(page['queries']) == 4 and page['trained'] < 128 and page['restricted']
-  for i in {*page['queries'], *(i for i, _ in page['outliers'])}:
-    assert i not in page['restricted']
-    others = np.delete(rows @ rows[row(i)], row(i))
+  assert len(page['queries']) == 4 and page['trained'] < 128 and page['exact'] == page['queries']
+  for i in page['queries']:
+    others = np.delete(rows @ rows[_row(page, i)], _row(page, i))
     np.testing.assert_allclose(page['similarity'][i], np.sort(others)[::-1][:20], atol=1e-4)
-  for i in page['restricted']:
-    on_page = [j for j in range(page['trained']) if j != i]
-    expected = np.sort(rows[[row(j) for j in on_page]] @ rows[row(i)])[::-1][:20]
-    np.testing.assert_allclose(page['similarity'][i], expected, atol=1e-4)
+
+
+def test_a_test_image_that_is_among_the_training_images_is_a_query(trained_folder, tmp_path):
+  images, workdir, _ = trained_folder
+  write_images(tmp_path / 'test', seed=7)
+  known = instdisc_jax.load(workdir).dataset.train.names[5]
+  shutil.copy(images / known, tmp_path / 'test' / f'copy-of-{known[-6:]}')
+  assert _make(('workdir', workdir), ('images', tmp_path / 'test'), ('queries', 1),
+               ('output', tmp_path / 'page')) == 0
+  page = _page(tmp_path / 'page')
+  leaks = [i for i in page['queries'] if page['similarity'][i][0] >= page['threshold']]
+  assert [page['names'][i] for i in leaks] == [f'copy-of-{known[-6:]}']
+  assert page['names'][page['neighbors'][leaks[0]][0]] == known
+
+
+def test_predictions_are_shown(trained_folder, tmp_path, capsys):
+  _, workdir, _ = trained_folder
+  table = tmp_path / 'predictions.csv'
+  known = instdisc_jax.load(workdir).dataset.train.names[5]
+  table.write_text(f'path,label,confidence,given\n{known},odd,0.75,false\nheld-out.jpg,odd,1,true\n')
+  arguments = (('workdir', workdir), ('output', tmp_path / 'page'), ('predictions', table))
+  assert _make(*arguments) == 0
+  page = _page(tmp_path / 'page')
+  (i,), = np.nonzero(np.array(page['predicted']) >= 0)
+  assert page['names'][i] == known and page['confidence'][i] == 0.75
+  assert page['classes'] == ['greenless', 'redless', 'odd'] and page['predicted'][i] == 2
+  for text in ('path,label,confidence\nother.jpg,odd,0.5\n', f'path,label\n{known},odd\n',
+               f'path,label,confidence\n{known},odd,high\n'):
+    table.write_text(text)
+    assert _make(*arguments) == 2
+    assert 'set --predictions to ' in capsys.readouterr().err
 
 
 def test_a_workdir_that_does_not_know_its_images_is_named(trained, tmp_path):
@@ -168,7 +204,8 @@ def test_a_page_of_an_earlier_version_is_replaced(trained, tmp_path):
   (old / 'index.html').write_text(f'<!DOCTYPE html>{page_lib.MARK}')
   (old / 'data.js').write_text('')
   assert _make(('workdir', trained[0]), ('output', old), ('queries', 2)) == 0
-  assert {path.name for path in old.iterdir()} == {'index.html', 'data.js', 'images'}
+  assert {path.name for path in old.iterdir()} == {
+      'data.js', 'images', *(file.name for file in page_lib.STATIC.iterdir())}
 
 
 def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
@@ -180,10 +217,13 @@ def test_another_folder_is_not_replaced(trained, tmp_path, capsys):
 
 
 def test_the_page_works_offline():
-  template = page_lib.TEMPLATE.read_text()
-  assert not re.search(r'https?:|//[a-z]|@import|fetch\(|XMLHttp', template)
-  assert re.findall(r'<script src="(.*?)"', template) == ['data.js']
-  assert page_lib.MARK in template
+  texts = {file.name: file.read_text() for file in page_lib.STATIC.iterdir()}
+  for text in texts.values():
+    assert not re.search(r'https?:|//[a-z]|@import|fetch\(|XMLHttp', text)
+  index = texts.pop('index.html')
+  loaded = re.findall(r'<script src="(.*?)"|rel="stylesheet" href="(.*?)"', index)
+  assert {name for pair in loaded for name in pair if name} == {'data.js', *texts}
+  assert page_lib.MARK in index
 
 
 QUERY = '.row > div:not(.near) > .image'
@@ -204,12 +244,13 @@ def big_page(tmp_path_factory):
   part = lambda a, b: images_lib.Images(images[a:b], labels[a:b], str(a), names=names[a:b])
   dataset = data.Dataset('random', part(0, 3000), part(3000, 4000),
                          tuple(f'kind {i}' for i in range(10)))
+  vectors[11:14], vectors[3017] = vectors[10], vectors[40]  # duplicates, and a leak
   model = types.SimpleNamespace(
-      dataset=dataset, bank=vectors[:3000], labels=labels[:3000], class_names=dataset.class_names,
+      dataset=dataset, labels=labels[:3000], class_names=dataset.class_names, was_trained=True,
       config=types.SimpleNamespace(seed=0), workdir='w', step=1234,
-      embed_all=lambda source: [vectors[3000:]])
+      fresh=lambda source: vectors[:3000] if source is dataset.train else vectors[3000:])
   folder = tmp_path_factory.mktemp('big') / 'page'
-  assert page_lib.build(model, folder, preemption.Watch()) == 1000
+  assert page_lib.build(model, folder, preemption.Watch()) == page_lib.Built(1000, 3000, 3000)
   return folder
 
 
@@ -264,7 +305,7 @@ def test_a_click_on_a_neighbor_makes_it_the_query(visit, big_page, width, scheme
   assert page.evaluate('document.documentElement.scrollWidth') <= width
   target = made['neighbors'][query][3]
   shown.nth(3).click()
-  assert page.url.endswith(f'#image={target}')
+  assert page.url.endswith(f'#image={parse.quote(made["names"][target], safe="")}')
   again = page.locator('.row .near .image')
   assert again.evaluate_all('x => x.map((b) => Number(b.dataset.id))') == made['neighbors'][target]
   assert page.locator(QUERY).first.get_attribute('data-id') == str(target)
@@ -308,11 +349,8 @@ def test_search_tabs_and_keys(visit, big_page):
   page.get_by_label('class', exact=True).select_option('all classes')
   page.evaluate('document.activeElement.blur()')
   page.keyboard.press('2')
-  first, second, _ = made['duplicates'][0]
-  ids = page.locator('.row').first.locator('.image').evaluate_all(
-      'x => x.map((b) => Number(b.dataset.id))')
-  assert ids == [first, second]
-  page.keyboard.press('3')
+  assert page.locator('#map canvas').is_visible()
+  page.keyboard.press('4')
   ids = page.locator(QUERY).evaluate_all('x => x.map((b) => Number(b.dataset.id))')
   assert ids[:20] == [i for i, _ in made['outliers'][:20]]
   page.keyboard.press('1')
@@ -341,7 +379,7 @@ def test_a_thousand_queries_are_drawn_as_they_are_scrolled_to(visit):
   image = page.locator('.row').nth(500).locator('.near .image').nth(4)
   number = image.get_attribute('data-id')
   image.click()
-  assert page.url.endswith(f'#image={number}')
+  assert '#image=' in page.url
   page.keyboard.press('Escape')
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
   page.wait_for_function("""(number) => {
@@ -352,3 +390,144 @@ def test_a_thousand_queries_are_drawn_as_they_are_scrolled_to(visit):
   page.keyboard.press('ArrowDown')
   assert page.evaluate("""() => [...document.querySelectorAll('.row')].indexOf(
       document.activeElement.closest('.row'))""") in (500, 501)
+
+
+IDS = 'x => x.map((b) => Number(b.dataset.id))'
+
+
+@pytest.mark.slow
+def test_duplicates_are_groups_at_a_threshold_that_can_be_moved(visit, big_page):
+  page, made = visit(), _page(big_page)
+  page.keyboard.press('3')
+  assert page.locator('.row').count() == 1
+  assert page.locator('.row .image').evaluate_all(IDS) == [10, 11, 12, 13]
+  assert page.locator('#status').inner_text().startswith('1 group, 4 images')
+  nearest = np.array([line[0] for line in made['similarity'][:3000]])
+  threshold = np.sort(nearest)[-40]
+  page.locator('#threshold').evaluate(
+      "(x, value) => { x.value = value; x.dispatchEvent(new Event('input')); }",
+      float(np.ceil(threshold * 1000) / 1000))
+  found = float(page.locator('#threshold').input_value())
+  expected = {i for i in range(3000) if nearest[i] >= found}
+  shown = page.locator('.row .image').evaluate_all(IDS)
+  assert len(shown) == len(set(shown)) and expected <= set(shown) and len(expected) > 10
+  page.keyboard.press('5')  # does not reach the page while the slider has the focus
+  page.evaluate('document.activeElement.blur()')
+
+
+@pytest.mark.slow
+def test_a_query_that_is_among_the_images_searched_is_a_leak(visit):
+  page = visit()
+  page.keyboard.press('5')
+  assert page.locator('.row .image').evaluate_all(IDS) == [3017, 40]
+
+
+@pytest.mark.slow
+def test_an_address_names_an_image_or_its_number(visit, big_page):
+  page, made = visit(), _page(big_page)
+  for i in (17, 3000, 3004):  # the last has a name that is not UTF-8
+    page.evaluate('(i) => go(address(i))', i)
+    assert page.locator(QUERY).first.get_attribute('data-id') == str(i)
+    assert ('#image=' in page.url) == (i != 3004)
+  page.goto((big_page / 'index.html').as_uri() + '#image=' + parse.quote(made['names'][40]))
+  page.reload()
+  assert page.locator(QUERY).first.get_attribute('data-id') == '40'
+  page.goto((big_page / 'index.html').as_uri() + '#image=%FF')  # of no image: the list
+  page.reload()
+  assert page.locator('.row').count() > 1
+
+
+@pytest.mark.slow
+def test_labels_are_given_kept_saved_and_read_again(visit, big_page, tmp_path):
+  page, made = visit(), _page(big_page)
+  page.keyboard.press('3')
+  page.get_by_role('button', name='Select', exact=True).click()
+  assert page.locator('#chosen').inner_text() == '4 selected, 0 labeled'
+  page.get_by_label('another class').fill('a "new", class')
+  page.get_by_label('another class').press('Enter')
+  assert page.locator('#chosen').inner_text() == '0 selected, 4 labeled'
+  assert page.locator('.row .class.mine').all_text_contents() == ['a "new", class'] * 4
+  page.evaluate('document.activeElement.blur()')
+  page.locator('.row .image').nth(1).focus()
+  page.keyboard.press('3')  # the third class, for the image in focus
+  assert page.locator('.row .class').all_text_contents()[1] == 'kind 2'
+  assert page.evaluate('Number(document.activeElement.dataset.id)') == 12  # goes on
+  page.keyboard.press('0')
+  assert page.locator('#chosen').inner_text() == '0 selected, 3 labeled'
+  page.keyboard.press('u')
+  assert page.locator('#chosen').inner_text() == '0 selected, 4 labeled'
+  page.keyboard.press('Escape')
+  page.reload()  # they are kept
+  page.keyboard.press('l')
+  assert page.locator('#chosen').inner_text() == '0 selected, 4 labeled'
+  with page.expect_download() as download:
+    page.get_by_role('button', name='Save labels.csv').click()
+  file = tmp_path / 'labels.csv'
+  download.value.save_as(file)
+  rows, given = labeling.read(file, made['names'], '/')
+  assert rows.tolist() == [10, 11, 12, 13]
+  assert given == ['a "new", class', 'kind 2', 'a "new", class', 'a "new", class']
+  for _ in range(4):
+    page.evaluate("select([10, 11, 12, 13], true), assign('')")
+  assert page.locator('#chosen').inner_text() == '0 selected, 0 labeled'
+  file.write_text(file.read_text() + 'elsewhere.png,x\n')
+  page.get_by_label('Load labels.csv').set_input_files(file)
+  page.wait_for_function("document.querySelector('#chosen').textContent.includes('loaded')")
+  assert page.locator('#chosen').inner_text() == '4 labels loaded; 1 image is not on this page'
+  page.get_by_label('class', exact=True).select_option('a "new", class')
+  page.evaluate("open('map')")
+  page.evaluate("open('outliers')")
+  page.evaluate('localStorage.clear()')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width, scheme', [(400, 'dark'), (1600, 'light')])
+def test_the_map_is_zoomed_and_images_on_it_selected(visit, big_page, width, scheme):
+  page, made = visit(width, scheme), _page(big_page)
+  page.keyboard.press('2')
+  canvas = page.locator('#map canvas')
+  assert page.locator('#status').inner_text().startswith('4,000 images')
+  assert page.locator('#legend li').count() == 10
+  canvas.focus()
+  page.keyboard.press('ArrowRight')  # the image in the middle
+  name = page.locator('#status').inner_text().rpartition(', ')[0]
+  image = made['names'].index(name)
+  assert page.locator('#tip').inner_text().startswith(name)
+  before = canvas.evaluate('x => x.toDataURL()')
+  for _ in range(4):
+    page.keyboard.press('+')
+  page.wait_for_function(
+      "(before) => document.querySelector('#map canvas').toDataURL() !== before", arg=before)
+  page.keyboard.press('Space')
+  assert page.locator('#chosen').inner_text().startswith('1 selected')
+  page.keyboard.press('Escape')
+  page.get_by_role('button', name='Show all').click()
+  box = canvas.bounding_box()
+  corners = [(box['x'] + a * box['width'], box['y'] + b * (300 - a * 4))
+             for a, b in ((0.01, 0.01), (0.6, 0.01), (0.6, 1), (0.01, 1))]
+  page.get_by_role('button', name='Lasso').click()
+  page.mouse.move(*corners[0])
+  page.mouse.down()
+  for corner in (*corners[1:], corners[0]):
+    page.mouse.move(*corner, steps=3)
+  page.mouse.up()
+  chosen = page.evaluate('[...selected]')
+  assert page.locator('#chosen').inner_text().startswith(f'{len(chosen):,} selected')
+  assert 0 < len(chosen) < 4000
+  right = max(made['x'][i] for i in chosen)
+  low = min(made['y'][i] for i in chosen)
+  inside = [i for i in range(4000) if made['x'][i] < right - 0.05 and made['y'][i] > low + 0.05]
+  assert set(inside) <= set(chosen)
+  assert page.locator('.chosen .image').count() == min(200, len(chosen))
+  page.get_by_role('button', name='Select none').click()
+  assert page.locator('.chosen .image').count() == 0
+  page.get_by_role('button', name='Lasso').click()
+  page.get_by_label('class', exact=True).select_option('kind 3')
+  page.evaluate('document.activeElement.blur()')
+  page.keyboard.press('l')
+  canvas.focus()
+  page.keyboard.press('ArrowRight')
+  assert page.locator('#status').inner_text().endswith(', kind 3')  # the others are hidden
+  page.keyboard.press('Enter')
+  assert '#image=kind3' in page.url and image is not None
+  assert page.evaluate('document.documentElement.scrollWidth') <= width

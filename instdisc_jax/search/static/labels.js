@@ -1,0 +1,139 @@
+'use strict';
+// Labels given on this page. The browser keeps them; a labels.csv takes them to `classify`.
+
+const STORE = `instdisc_jax labels ${PAGE.id}`;
+const labels = new Map();  // name -> label
+const undone = [];  // [[name, its label before], ...] of each change
+let labeling = false;
+
+try {
+  for (const [name, label] of JSON.parse(localStorage.getItem(STORE) ?? '[]')) {
+    if (idOf.get(name) < PAGE.trained) labels.set(name, label);
+  }
+} catch (error) {}  // nothing is kept here
+
+// Only the images searched can be labeled; another folder may have the same names.
+const canLabel = (i) => PAGE.files && i < PAGE.trained;
+
+function labelOf(i) {
+  return canLabel(i) ? labels.get(PAGE.names[i]) : undefined;
+}
+
+// The classes to choose from, in the order of their keys.
+function choices() {
+  const present = new Set(PAGE.labels);
+  const known = (PAGE.classes ?? []).filter((_, c) => present.has(c) || PAGE.predicted);
+  return [...new Set([...known, ...labels.values()])];
+}
+
+function change(pairs) {
+  undone.push(pairs.map(([name]) => [name, labels.get(name)]));
+  put(pairs);
+}
+
+function put(pairs) {
+  for (const [name, label] of pairs) label ? labels.set(name, label) : labels.delete(name);
+  try {
+    localStorage.setItem(STORE, JSON.stringify([...labels]));
+  } catch (error) {
+    $('chosen').textContent = 'this browser keeps no labels: save them before you leave';
+  }
+  const names = new Set(pairs.map(([name]) => name));
+  renew(names.size > 1000 ? undefined : new Set([...names].map((name) => idOf.get(name))));
+  showLabels();
+  showClasses();
+  map.renew();
+}
+
+// Labels the images selected or, if there are none, the one in focus, and goes on to the next.
+function assign(label) {
+  const here = document.activeElement.closest('#list .image');
+  const focused = here ? Number(here.dataset.id) : map.here();
+  const ids = (selected.size ? [...selected] : [focused]).filter((i) => i >= 0 && canLabel(i));
+  if (!ids.length) {
+    $('chosen').textContent = PAGE.files ? 'select an image first' : 'these images are not files';
+    return;
+  }
+  const advance = here && !selected.size;
+  select([...selected], false);
+  change(ids.map((i) => [PAGE.names[i], label]));
+  if (advance) move('ArrowRight');
+}
+
+function select(ids, on) {
+  for (const i of ids) on ? selected.add(i) : selected.delete(i);
+  renew(new Set(ids));
+  showLabels();
+  map.renew();
+}
+
+function showLabels() {
+  $('labels').hidden = !labeling;
+  $('labeling').setAttribute('aria-pressed', labeling);
+  document.body.classList.toggle('labeling', labeling);
+  document.querySelector('[data-do=none]').hidden = !selected.size;
+  if (!labeling) return;
+  const counts = new Map();
+  for (const label of labels.values()) counts.set(label, (counts.get(label) ?? 0) + 1);
+  $('chosen').textContent = `${format.format(selected.size)} selected, ` +
+      `${format.format(labels.size)} labeled`;
+  $('chips').replaceChildren(...choices().map((label, n) => make(
+      'button', {onclick: () => assign(label)}, ...(n < 9 ? [make('kbd', {}, n + 1)] : []),
+      ` ${label} · ${format.format(counts.get(label) ?? 0)}`)));
+}
+
+function setLabeling(on) {
+  labeling = on;
+  if (!on) select([...selected], false);
+  showLabels();
+}
+
+// ---- labels.csv: lines of path,label
+
+const quoted = (text) => /[",\r\n]|^\s|\s$/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+const isText = (name) => !/\p{Surrogate}/u.test(name);
+
+function csv() {
+  const lines = [...labels].filter(([name]) => isText(name));
+  return ['path,label', ...lines.map((pair) => pair.map(quoted).join(','))].join('\n') + '\n';
+}
+
+function parse(text) {
+  const rows = [[]];
+  for (const [, value, plain, end] of text.replace(/^\ufeff/, '').matchAll(
+      /(?:"((?:[^"]|"")*)"|([^,\r\n]*))(,|\r?\n|$)/g)) {
+    rows.at(-1).push(value?.replaceAll('""', '"') ?? plain.trim());
+    if (end !== ',') rows.push([]);
+  }
+  return rows.filter((row) => row.length === 2);
+}
+
+function save() {
+  const url = URL.createObjectURL(new Blob([csv()], {type: 'text/csv'}));
+  make('a', {href: url, download: 'labels.csv'}).click();
+  URL.revokeObjectURL(url);
+  const lost = [...labels.keys()].filter((name) => !isText(name)).length;
+  $('chosen').textContent = `${count(labels.size - lost, 'label', 'labels')} saved` +
+      (lost ? `; ${count(lost, 'name', 'names')} left out, not in UTF-8` : '');
+}
+
+async function load(file) {
+  const pairs = parse(await file.text());
+  const known = pairs.filter(([name]) => canLabel(idOf.get(name) ?? Infinity));
+  change(known);
+  const other = pairs.length - known.length - (pairs[0]?.join() === 'path,label');
+  $('chosen').textContent = `${count(known.length, 'label', 'labels')} loaded` +
+      (other ? `; ${count(other, 'image is', 'images are')} not on this page` : '');
+}
+
+$('labeling').onclick = () => setLabeling(!labeling);
+$('unlabel').onclick = () => assign('');
+$('undo').onclick = () => undone.length && put(undone.pop());
+$('save').onclick = save;
+$('load').onchange = (event) => event.target.files[0] && load(event.target.files[0]);
+$('new').onkeydown = (event) => {
+  const label = event.target.value.trim();
+  if (event.key !== 'Enter' || !label) return;
+  assign(label);
+  event.target.value = '';
+};
