@@ -1,8 +1,10 @@
 """Checkpoints of other projects: import of the encoder and the training state, and export."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import re
@@ -17,7 +19,9 @@ from instdisc_jax.interop import layouts, safe_pickle
 from instdisc_jax.runtime import checkpoint, errors, files
 from instdisc_jax.runtime import workdir as workdir_lib
 
-__all__ = ['Checkpoint', 'export', 'read', 'read_encoder']
+VIEWS = ('augment.size', 'augment.mean', 'augment.std')  # settings that a .safetensors file keeps
+
+__all__ = ['Checkpoint', 'export', 'read', 'read_encoder', 'state_dict']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Checkpoint:
     variables: {'params', 'batch_stats'}, float32.
     has_head: whether the head is from the file; otherwise it is fresh.
     bank: [N, D], or None.
-    settings: settings that the bank was trained with, e.g. {'loss.temperature': 0.07}.
+    settings: settings that the weights and the bank were trained with, as far as the file has them,
+      e.g. {'loss.temperature': 0.07}.
     normalizer: Z, or 0 if it is not set.
     momentum: SGD's momentum, a tree like the params, or None.
     epochs: epochs completed; 0 without a bank.
@@ -79,7 +84,8 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
     momentum = {}  # it belongs to another head, or to other layers
   return Checkpoint(
       model_name=encoder.name, width=encoder.width, embedding_dim=embedding_dim,
-      variables=variables, has_head=encoder.head is not None, bank=bank, settings=settings,
+      variables=variables, has_head=encoder.head is not None, bank=bank,
+      settings=settings | _find_views(file),
       normalizer=normalizer,
       momentum=_to_variables(state_dict | momentum, encoder.name)['params'] if momentum else None,
       # The published CIFAR-10 program, which saves 'net', counts epochs from 0.
@@ -112,35 +118,38 @@ def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
 
   Args:
     workdir: the folder of a run, or one made from a checkpoint.
-    file: NAME.pth or NAME.safetensors.
+    file: NAME.pth or NAME.safetensors; the latter keeps size, mean and deviation of the views, and
+      a workdir made from it has them.
     with_head: whether to keep the linear layer to the embedding, as 'fc', rather than write the
       backbone alone.
 
   Raises:
-    errors.UserError: there is no checkpoint, or the file has another suffix or cannot be written.
+    errors.UserError: there is no checkpoint, or the file cannot be written.
   """
   file = pathlib.Path(file)
-  if file.suffix not in ('.pth', '.safetensors'):
-    raise errors.UserError(f"--to is '{file}'", 'a file that ends in .pth or .safetensors',
-                           setting='--to')
   settings, _ = workdir_lib.read(workdir)
-  variables = checkpoint.read(files.place(workdir) / 'checkpoints', ('params', 'batch_stats'))
-  state_dict = layouts.to_torchvision(variables, settings['model.name'])
-  if not with_head:
-    state_dict = {key: x for key, x in state_dict.items() if not key.startswith('fc.')}
-  content = _serialize(state_dict, file.suffix)
+  views = {key: json.dumps(settings[key]) for key in VIEWS if settings.get(key) is not None}
+  content = _serialize(state_dict(workdir, with_head), file.suffix, views)
   try:
     files.write(file, content)
   except OSError as e:
     raise errors.cannot_write(file, e, '--to') from e
 
 
-def _serialize(state_dict: Mapping[str, np.ndarray], suffix: str) -> bytes:
+def state_dict(workdir: str | os.PathLike[str], with_head: bool) -> dict[str, np.ndarray]:
+  """The encoder of a workdir's newest checkpoint in torchvision's layout, see `export`."""
+  settings, _ = workdir_lib.read(workdir)
+  variables = checkpoint.read(files.place(workdir) / 'checkpoints', ('params', 'batch_stats'))
+  found = layouts.to_torchvision(variables, settings['model.name'])
+  return {key: x for key, x in found.items() if with_head or not key.startswith('fc.')}
+
+
+def _serialize(weights: Mapping[str, np.ndarray], suffix: str, views: dict[str, str]) -> bytes:
   if suffix == '.safetensors':
-    return safe_pickle.import_optional('safetensors.numpy', '--to').save(state_dict)
+    return safe_pickle.import_optional('safetensors.numpy', '--to').save(dict(weights), views)
   torch = safe_pickle.import_optional('torch', '--to')
   buffer = io.BytesIO()
-  torch.save({key: torch.tensor(x) for key, x in state_dict.items()}, buffer)
+  torch.save({key: torch.tensor(x) for key, x in weights.items()}, buffer)
   return buffer.getvalue()
 
 
@@ -165,6 +174,16 @@ def _fresh_head(features, embedding_dim):
   bound = features ** -0.5
   return {'weight': draw(-bound, bound, (embedding_dim, features)).astype(np.float32),
           'bias': draw(-bound, bound, embedding_dim).astype(np.float32)}
+
+
+def _find_views(file):
+  """Size, mean and deviation of the views, from a file that `export` wrote; else {}."""
+  found = {}
+  for key, text in safe_pickle.read_metadata(file).items():
+    with contextlib.suppress(ValueError):
+      if key in VIEWS:
+        found[key] = json.loads(text)
+  return found
 
 
 def _find_bank(saved, weights, file):

@@ -15,9 +15,10 @@ import zipfile
 
 from instdisc_jax.runtime import errors
 
-__all__ = ['import_optional', 'read_file']
+__all__ = ['import_optional', 'read_file', 'read_metadata']
 
-_PACKAGES = {'torch': 'PyTorch', 'safetensors.numpy': 'safetensors'}
+_PACKAGES = {'torch': ('PyTorch', '[torch]'), 'safetensors': ('safetensors', '[torch]'),
+             'safetensors.numpy': ('safetensors', '[torch]'), 'onnx': ('onnx', '[onnx]')}
 
 _STUBS = {'lib.NCEAverage.NCEAverage', 'lib.LinearAverage.LinearAverage',
           'lib.alias_multinomial.AliasMethod',
@@ -92,11 +93,19 @@ def read_file(file: str | os.PathLike[str]) -> Any:
                            remedy='set <--from> to a file of weights', setting='--from') from e
 
 
+def read_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
+  """The text that a .safetensors file keeps beside its tensors; {} for other files."""
+  if pathlib.Path(file).suffix != '.safetensors':
+    return {}
+  with import_optional('safetensors', '--from').safe_open(file, 'np') as content:
+    return content.metadata() or {}
+
+
 def import_optional(module: str, argument: str) -> Any:
   """Imports a module that is needed only to read or write the weights of other projects.
 
   Args:
-    module: 'torch' or 'safetensors.numpy'.
+    module: one of `_PACKAGES`.
     argument: the argument that named the file, e.g. '--from'.
 
   Raises:
@@ -105,8 +114,9 @@ def import_optional(module: str, argument: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError as e:
-    raise errors.UserError(f'this file needs {_PACKAGES[module]}, which is not installed',
-                           remedy="pip install '.[torch]'", setting=argument) from e
+    package, extra = _PACKAGES[module]
+    raise errors.UserError(f'this file needs {package}, which is not installed',
+                           remedy=f"pip install '.{extra}'", setting=argument) from e
 
 
 def _to_numpy(tree, torch):

@@ -69,10 +69,10 @@ def _settings(found: checkpoints.Checkpoint) -> dict[str, Any]:
   config: Any = config_lib.default()
   if not cifar:
     config.augment.update(config_lib.PHOTOGRAPHS)
-  settings = found.settings | {
-      'model.name': found.model_name, 'model.width': found.width,
-      'model.embedding_dim': found.embedding_dim,
-      'augment.mean': list(config.augment.mean), 'augment.std': list(config.augment.std)}
+  settings = {
+      'augment.mean': list(config.augment.mean), 'augment.std': list(config.augment.std),
+      **found.settings, 'model.name': found.model_name, 'model.width': found.width,
+      'model.embedding_dim': found.embedding_dim}
   if found.bank is not None:
     settings['batch_size'] = 128 if cifar else 256  # as published, to convert epochs to steps
   return settings

@@ -13,7 +13,7 @@ def test_a_wrong_call_is_one_line(tmp_path, capsys):
       ['--workdir=x'], ['--from=a', '--to=b', '--workdir=x'], ['--to=a.pth'],
       [f'--from={tmp_path}/none.pth', f'--workdir={tmp_path}/new'],
       [f'--from={file}', f'--workdir={tmp_path}/full'],
-      [f'--workdir={tmp_path}/none', '--to=a.pth'], [f'--workdir={tmp_path}', '--to=a.onnx']):
+      [f'--workdir={tmp_path}/none', '--to=a.pth'], [f'--workdir={tmp_path}', '--to=a.tflite']):
     assert convert.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1, error

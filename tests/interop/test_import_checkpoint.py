@@ -232,3 +232,14 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_and_leaves_nothing(
   with pytest.raises(errors.UserError, match=message):
     importing.import_checkpoint('file.pth', tmp_path / 'run')
   assert not any(tmp_path.iterdir())
+
+
+def test_a_file_keeps_the_views_of_its_run(trained_folder, tmp_path):
+  pytest.importorskip('safetensors', reason='safetensors is not installed')
+  settings, _ = workdir.read(trained_folder[1])
+  file = tmp_path / 'weights.safetensors'
+  assert convert.main([f'--workdir={trained_folder[1]}', f'--to={file}', '--head']) == 0
+  assert convert.main([f'--from={file}', f'--workdir={tmp_path / "imported"}']) == 0
+  found, _ = workdir.read(tmp_path / 'imported')
+  for key in ('augment.size', 'augment.mean', 'augment.std'):
+    assert found[key] == settings[key]
