@@ -131,7 +131,11 @@ class Model:
 
   @property
   def dataset(self) -> data.Dataset:
-    """The data that the run was trained on; raises `errors.UserError` if it is gone."""
+    """The data that the run was trained on, without files that were added to a folder since.
+
+    Raises:
+      errors.UserError: it is gone, or has changed.
+    """
     return self._dataset
 
   @functools.cached_property
@@ -141,7 +145,7 @@ class Model:
       raise errors.UserError(
           f"'{self.workdir}' holds weights without the images they were trained on",
           remedy='train on them first, with this <--workdir>', setting='--workdir')
-    dataset = data.load(self.config.dataset, self.config.seed, self.workdir)
+    dataset = data.load(self.config.dataset, self.config.seed, self.workdir, allow_added=True)
     if fingerprint not in (None, dataset.train.fingerprint):
       raise errors.UserError(
           f"'{self.workdir}' was trained on other data named {dataset.name}",

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 from PIL import Image
@@ -9,6 +11,7 @@ from instdisc_jax.data import views
 from instdisc_jax.evaluation import evaluator as evaluator_lib
 from instdisc_jax.runtime import checkpoint, errors, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
+from instdisc_jax.runtime import workdir as workdir_lib
 from instdisc_jax.training import state as state_lib
 
 
@@ -109,3 +112,21 @@ def test_wrong_calls_are_named(model, tmp_path):
       model.neighbors(np.zeros((1, 32, 32, 3), np.uint8), k)
   with pytest.raises(errors.UserError, match="no file '.*config.json'"):
     instdisc_jax.load(tmp_path)
+
+
+def test_images_that_were_added_since_are_left_out_with_a_warning(trained_folder, tmp_path, capsys):
+  images, workdir, _ = trained_folder
+  shutil.copytree(images, tmp_path / 'images')
+  shutil.copytree(workdir, tmp_path / 'run')
+  settings, fingerprint = workdir_lib.read(workdir)
+  moved = {'dataset.name': f'folder:{tmp_path / "images"}'}
+  workdir_lib.write(tmp_path / 'run', settings | moved, fingerprint)
+  shutil.copy(images / 'redless' / '04.jpg', tmp_path / 'images' / 'redless' / 'new.jpg')
+  dataset = instdisc_jax.load(tmp_path / 'run').dataset
+  assert list(dataset.train.names) == list(instdisc_jax.load(workdir).dataset.train.names)
+  assert capsys.readouterr().err == (
+      f"warning: '{tmp_path / 'images'}' has images that '{tmp_path / 'run'}' was trained without, "
+      "which are left out: 1, the first 'redless/new.jpg'\n")
+  (tmp_path / 'images' / 'redless' / '04.jpg').unlink()
+  with pytest.raises(errors.UserError, match="has changed since .* 1 removed"):
+    assert instdisc_jax.load(tmp_path / 'run').dataset is None

@@ -44,13 +44,14 @@ class Dataset:
 
 
 def load(config: config_lib.Config, seed: int,
-         workdir: str | os.PathLike[str] | None = None) -> Dataset:
+         workdir: str | os.PathLike[str] | None = None, allow_added: bool = False) -> Dataset:
   """Opens the data set that `config` names.
 
   Args:
     config: the `dataset` part of the configuration.
     seed: the run's seed; selects the subset if there is a limit.
     workdir: the run's workdir; a folder must still match the listing kept there.
+    allow_added: whether a folder may have more images than that, which are left out.
 
   Returns:
     A `Dataset`.
@@ -74,7 +75,7 @@ def load(config: config_lib.Config, seed: int,
   elif kind == 'tfds' and rest:
     dataset = Dataset(config.name, *tfds.load(rest, config.data_dir, held_out))
   elif kind == 'folder' and rest:
-    dataset = _load_folder(config, rest, held_out, workdir)
+    dataset = _load_folder(config, rest, held_out, workdir, allow_added)
   elif kind == 'fake' and rest.isdigit() and int(rest):
     dataset = Dataset(config.name, fake.load(int(rest)))
   else:
@@ -125,8 +126,9 @@ def _share(text):
     return None
 
 
-def _load_folder(config, path, held_out, workdir):
-  train, class_names, listing = folder.load(path, config.on_unreadable, workdir)
+def _load_folder(config, path, held_out, workdir, allow_added):
+  train, class_names, listing = folder.load(path, config.on_unreadable, workdir,
+                                            allow_added=allow_added)
   test = None
   if held_out is not None:
     test, test_names, _ = folder.load(held_out.removeprefix('folder:'), config.on_unreadable,

@@ -56,7 +56,7 @@ class Files:
 
 
 def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None = None,
-         setting: str = 'dataset.name', with_labels: bool = True
+         setting: str = 'dataset.name', with_labels: bool = True, allow_added: bool = False
          ) -> tuple[images_lib.Images, tuple[str, ...] | None, dict[str, Any]]:
   """Reads the names and sizes of all images below a folder.
 
@@ -67,6 +67,7 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
     workdir: a folder that may hold the listing of an earlier run, or None.
     setting: the setting or argument that names the folder.
     with_labels: whether to read the classes.
+    allow_added: whether to leave out, with a warning, images that an earlier run does not know.
 
   Returns:
     (`Images`, class names or None, listing): the listing is what `keep` writes.
@@ -86,6 +87,8 @@ def load(path: str, on_unreadable: str, workdir: str | os.PathLike[str] | None =
                            f'{remedy} to a readable folder', setting) from e
   listing = None if workdir is None else read(workdir)
   if listing is not None:
+    if allow_added:
+      found = _known(root, found, listing, workdir)
     _check_unchanged(root, found, listing, workdir)
   if not found:
     raise errors.UserError(f"'{path}' has no images ({', '.join(_SUFFIXES)})", None,
@@ -194,6 +197,15 @@ def rows_of(listing: Mapping[str, Any], names: Sequence[str],
   row = {name: i for i, name in enumerate(listing['rows'])}
   known = lambda name: listing['files'].get(name) == sizes[name]
   return np.array([row.get(name, -1) if known(name) else -1 for name in names], np.int32)
+
+
+def _known(root, found, listing, workdir):
+  """The files that an earlier run knows; warns of others."""
+  added = sorted(found.keys() - listing['files'].keys())
+  if added:
+    errors.warn(f"'{root}' has images that '{workdir}' was trained without, which are left out: "
+                f"{len(added)}, the first '{added[0]}'")
+  return {name: size for name, size in found.items() if name in listing['files']}
 
 
 def _check_unchanged(root, found, listing, workdir):

@@ -20,8 +20,9 @@ _NAMED = 30  # maximum number of classes whose names fit beside a confusion matr
 
 def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figure:
   """A figure of loss and kNN top-1 over epochs."""
-  figure = figure_lib.Figure(figsize=(10, 3.6), layout='constrained')
-  left, right = figure.subplots(1, 2)
+  has_labels = summary['knn_top1'] is not None
+  figure = figure_lib.Figure(figsize=(11 if has_labels else 5, 3.6), layout='constrained')
+  left, *others = figure.subplots(1, 2 if has_labels else 1, squeeze=False)[0]
   epochs_per_step = batch_size / summary['num_rows']
   epoch = lambda key: [line['step'] * epochs_per_step for line in lines
                        if line.get(key) is not None]
@@ -31,21 +32,19 @@ def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figu
   left.annotate('log N', (1, np.log(summary['num_rows'])), xycoords=('axes fraction', 'data'),
                 ha='right', va='bottom', color='gray')
   left.set(xlabel='epoch', ylabel='loss', title=f'{summary["loss"]} loss')
-  right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728',
-             label='bank rows, during training')
-  for key, title, style in (('knn_top1', 'recomputed features, at the end', '-'),
-                            ('knn_top1_pixels', 'raw pixels', '--'),
-                            ('knn_top1_untrained', 'untrained', ':')):
-    if summary[key] is not None:
-      right.axhline(summary[key], color='black', ls=style, lw=1,
-                    label=f'{title}: {summary[key]:.3f}')
-  right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1),
-            title=f'kNN, {_escaped(summary["dataset"])}')
-  if summary['knn_top1'] is not None:
-    right.legend(fontsize=8, loc='lower right')
-  else:
-    right.text(0.5, 0.5, 'no labels', transform=right.transAxes, ha='center', color='gray')
-  for axes in (left, right):
+  for right in others:
+    right.plot(epoch('knn_top1'), value('knn_top1'), color='#d62728',
+               label='bank rows, during training')
+    for key, title, style in (('knn_top1', 'recomputed features, at the end', '-'),
+                              ('knn_top1_pixels', 'raw pixels', '--'),
+                              ('knn_top1_untrained', 'before training', ':')):
+      if summary[key] is not None:
+        right.axhline(summary[key], color='black', ls=style, lw=1,
+                      label=f'{title}: {summary[key]:.3f}')
+    right.set(xlabel='epoch', ylabel='kNN top-1', ylim=(0, 1),
+              title=f'kNN, {_escaped(summary["dataset"])}, {summary["num_queries"]:,} queries')
+    right.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+  for axes in (left, *others):
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
   return figure

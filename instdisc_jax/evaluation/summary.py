@@ -127,8 +127,8 @@ def outcome(summary: dict[str, Any]) -> tuple[bool | None, str]:
 def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Console) -> None:
   """Prints a summary as a table."""
   table = rich_table.Table(
-      title=f'{summary["dataset"]}: kNN top-1, K = {summary["knn_neighbors"]}, '
-            f'τ = {summary["knn_temperature"]}')
+      title=f'{summary["dataset"]}: kNN top-1, n = {summary["num_queries"]:,}, '
+            f'K = {summary["knn_neighbors"]}, τ = {summary["knn_temperature"]}')
   table.add_column('features')
   table.add_column('top-1', justify='right')
   for title, key in (('raw pixels, mean-centered', 'knn_top1_pixels'),
