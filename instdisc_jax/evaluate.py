@@ -1,5 +1,6 @@
 """Measures the features of a trained run: prints tables, and appends to evaluations.jsonl."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -34,6 +35,7 @@ def evaluate(workdir: str, chosen: list[str], dataset: str | None) -> None:
   with preemption.Watch() as watch, tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch) if files.in_bucket(file) else model.workdir / 'features'
     sets = protocols.prepare(model, pathlib.Path(folder), chosen, dataset)
+    sets = dataclasses.replace(sets, check=watch.check_here)
 
     def measure():
       for protocol in chosen:

@@ -1,6 +1,6 @@
 """A trained run as an object: embeddings, neighbors and classes of any images."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -158,6 +158,11 @@ class Model:
     return self.dataset.train.labels
 
   @property
+  def names(self) -> Sequence[str] | None:
+    """The path of each row's image, or None if the images are not files."""
+    return self.dataset.train.names
+
+  @property
   def class_names(self) -> tuple[str, ...] | None:
     """The name of each class, or None."""
     return self.dataset.class_names
@@ -236,7 +241,8 @@ class Model:
       k: number of rows, at most N.
 
     Returns:
-      (similarity [B, k] float32, row [B, k] int32), most similar first.
+      (similarity [B, k] float32, row [B, k] int32), most similar first; `names` and `labels` tell
+      which images they are.
 
     Raises:
       errors.UserError: see `embed`; or there is no bank, or k is out of range.

@@ -123,7 +123,7 @@ def test_images_that_were_added_since_are_left_out_with_a_warning(trained_folder
   workdir_lib.write(tmp_path / 'run', settings | moved, fingerprint)
   shutil.copy(images / 'redless' / '04.jpg', tmp_path / 'images' / 'redless' / 'new.jpg')
   dataset = instdisc_jax.load(tmp_path / 'run').dataset
-  assert list(dataset.train.names) == list(instdisc_jax.load(workdir).dataset.train.names)
+  assert list(dataset.train.names) == list(instdisc_jax.load(workdir).names)
   assert capsys.readouterr().err == (
       f"warning: '{tmp_path / 'images'}' has images that '{tmp_path / 'run'}' was trained without, "
       "which are left out: 1, the first 'redless/new.jpg'\n")

@@ -16,6 +16,7 @@ from scipy import stats
 
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import views
+from instdisc_jax.runtime import metrics
 
 _BATCH = 64
 _LEARNING_RATE, _HEAD_FACTOR = 0.01, 10  # the new classifier learns faster
@@ -38,11 +39,16 @@ class Recipe:
   epochs: int = 70
   least_steps: int = 120
 
+  def steps(self, num_images: int) -> int:
+    """Steps of fine-tuning with so many labeled images."""
+    return max(self.least_steps, math.ceil(self.epochs * num_images / _BATCH))
+
 
 def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, Any]]],
             read_train: Callable, train_labels: Int[np.ndarray, ' N'], read_test: Callable,
             test_labels: Int[np.ndarray, ' Q'], *, num_classes: int,
-            config: config_lib.Config, recipe: Recipe = Recipe()) -> Iterator[dict[str, Any]]:
+            config: config_lib.Config, recipe: Recipe = Recipe(),
+            check: Callable[[], None] = lambda: None) -> Iterator[dict[str, Any]]:
   """Fine-tunes from each start with each share of the labels, once per seed.
 
   Trains for as many epochs as the paper (Section 4.3), with a cosine schedule instead of its step
@@ -58,23 +64,35 @@ def measure(encoder: nn.Module, starts: Mapping[str, Callable[[int], dict[str, A
     num_classes: C.
     config: the run's configuration, for its augmentation.
     recipe: the measurements.
+    check: called after each step; an exception that it raises ends the measurement.
 
   Yields:
     Rows of results: 'labels' (the share), 'images' (their number), 'start', 'top1' (mean over
     seeds), 'interval' (half-width of its 95% confidence interval, by Student's t).
   """
   size = views.size(config, read_train(np.zeros(1, int)).shape[1:])
-  tuner = _FineTuner(encoder, num_classes, config, size, recipe)
-  for share in recipe.shares:
-    for name, start in starts.items():
-      correct, chosen = [], np.zeros(0, int)
-      for seed in recipe.seeds:
-        chosen = choose(train_labels, share, seed)
-        fitted = tuner.fit(start(seed), read_train, train_labels, chosen, seed)
-        scores = tuner.predict(fitted, read_test, len(test_labels))
-        correct.append(float(np.mean(scores.argmax(axis=1) == test_labels)))
-      mean, half = interval(correct)
-      yield {'labels': share, 'images': len(chosen), 'start': name, 'top1': mean, 'interval': half}
+  tuner = _FineTuner(encoder, num_classes, config, size)
+  with metrics.progress_bar('fine-tuning') as progress:
+    counts = [len(choose(train_labels, share, 0)) for share in recipe.shares]
+    task = progress.add_task('', total=len(starts) * len(recipe.seeds) * sum(
+        map(recipe.steps, counts)))
+
+    def advance():
+      progress.advance(task)
+      check()
+
+    for share in recipe.shares:
+      for name, start in starts.items():
+        correct, chosen = [], np.zeros(0, int)
+        for seed in recipe.seeds:
+          chosen = choose(train_labels, share, seed)
+          fitted = tuner.fit(start(seed), read_train, train_labels, chosen, seed,
+                             recipe.steps(len(chosen)), advance)
+          scores = tuner.predict(fitted, read_test, len(test_labels))
+          correct.append(float(np.mean(scores.argmax(axis=1) == test_labels)))
+        mean, half = interval(correct)
+        yield {'labels': share, 'images': len(chosen), 'start': name, 'top1': mean,
+               'interval': half}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -110,25 +128,24 @@ class _FineTuner:
   The state is (weights {'encoder', 'head'}, batch_stats, optimizer state).
   """
 
-  def __init__(self, encoder, num_classes, config, size, recipe):
+  def __init__(self, encoder, num_classes, config, size):
     self._encoder, self._num_classes = encoder, num_classes
-    self._config, self._size, self._recipe = config, size, recipe
+    self._config, self._size = config, size
     self._direction = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.trace(0.9))
 
-  def fit(self, variables, read, labels, chosen, seed):
-    """(weights, batch_stats) after training on the images `chosen`."""
+  def fit(self, variables, read, labels, chosen, seed, steps, advance):
+    """(weights, batch_stats) after training on the images `chosen`; `advance()` after each step."""
     width = self._pooled_size(variables)
     params, batch_stats = jax.tree.map(jnp.array, (variables['params'], variables['batch_stats']))
     weights = {'encoder': params, 'head': {'w': jnp.zeros((width, self._num_classes)),
                                            'b': jnp.zeros(self._num_classes)}}
     state = weights, batch_stats, self._direction.init(weights)
     random, keys = np.random.RandomState(seed), jax.random.key(seed)
-    steps = max(self._recipe.least_steps,
-                math.ceil(self._recipe.epochs * len(chosen) / _BATCH))
     for t in range(steps):
       rows = random.choice(chosen, _BATCH)
       rate = _LEARNING_RATE * (1 + math.cos(math.pi * t / steps)) / 2
       state = self._step(state, read(rows), labels[rows], rate, jax.random.fold_in(keys, t))
+      advance()
     return state[:2]
 
   def predict(self, fitted, read, count):

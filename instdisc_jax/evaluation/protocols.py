@@ -10,7 +10,7 @@
                bank lags behind
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -84,6 +84,7 @@ class Sets:
     bank: [N, D] rows of the training images, or None for another data set.
     train_images: N images.
     test_images: Q images.
+    check: called between the steps of long protocols; what it raises ends them.
   """
   model: Model
   name: str
@@ -95,6 +96,7 @@ class Sets:
   bank: Float[np.ndarray, 'N D'] | None
   train_images: data.Images
   test_images: data.Images
+  check: Callable[[], None] = lambda: None
 
   @property
   def num_classes(self) -> int:
@@ -267,7 +269,7 @@ def fine_tune(sets: Sets) -> Iterator[dict[str, Any]]:
   yield from few_label.measure(
       model.encoder, {'trained': lambda _: trained, 'random': random}, read_train,
       sets.train_labels, read_test, sets.test_labels, num_classes=sets.num_classes,
-      config=model.config)
+      config=model.config, check=sets.check)
 
 
 def measure_geometry(sets: Sets) -> Iterator[dict[str, Any]]:

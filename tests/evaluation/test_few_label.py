@@ -61,3 +61,21 @@ def test_fine_tuning_learns_the_labels_it_is_given():
   shuffled, = measure(train_labels=random.permutation(labels[:60]))
   assert shuffled['top1'] < 0.85
   assert not any(x.is_deleted() for x in jax.tree.leaves(variables))  # the step donates a copy
+
+
+@pytest.mark.slow
+def test_fine_tuning_stops_within_a_step():
+  encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
+  variables = encoder.init(jax.random.key(0), np.zeros((1, 16, 16, 3)), train=False)
+  images, steps = np.zeros((20, 16, 16, 3), np.uint8), []
+
+  def check():
+    steps.append(None)
+    if len(steps) == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    next(few_label.measure(encoder, {'random': lambda _: variables}, images.__getitem__,
+                           np.arange(20) % 2, images.__getitem__, np.arange(20) % 2, num_classes=2,
+                           config=small_config(), check=check))
+  assert len(steps) == 3
