@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       files.write(output, png.getvalue())
     except OSError as e:
       raise errors.cannot_write(output, e, '--output') from e
-    print(output)
+    print(f'{output}: left as evaluation sees an image, right as training does. Views of an image '
+          'should look alike to you: if color tells your images apart, lower the augment settings '
+          'hue, saturation and grayscale; if left and right do, set flip to 0')
 
   return cli.run(command)
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import UInt8
 from ml_collections import config_dict
 import numpy as np
+from PIL import Image, ImageDraw
 
 from instdisc_jax.data import Images, views
 
 _IMAGES = _VIEWS = 8
 _GAP = 4  # pixels between views; twice that after the first column
+_HEADING = 20  # pixels above them
 
 
 def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H W 3']:
@@ -22,8 +24,8 @@ def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H
     config: the configuration whose `augment` settings and seed are used.
 
   Returns:
-    [H, W, 3]: a row for each of up to 8 images, evenly spread: the image as evaluation sees it,
-    then 8 views.
+    [H, W, 3]: headings, then a row for each of up to 8 images, evenly spread: the image as
+    evaluation sees it, then 8 views.
 
   Raises:
     UnreadableImage: see `Images`.
@@ -32,14 +34,25 @@ def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H
   side = views.size(config, None)[0]
   drawn = _draw_views(images, chosen, config)
   step = side + _GAP
-  sheet = np.full((len(chosen) * step - _GAP, (_VIEWS + 1) * step + _GAP, 3), 255, np.uint8)
+  sheet = np.full((_HEADING + len(chosen) * step - _GAP, (_VIEWS + 1) * step + _GAP, 3), 255,
+                  np.uint8)
+  sheet[:_HEADING] = _headings(sheet.shape[1], {'evaluation': 0, 'training': step + _GAP})
   for row, i in enumerate(chosen):
-    top = row * step
+    top = _HEADING + row * step
     sheet[top:top + side, :side] = images.central(i, side)
     for col in range(_VIEWS):
       left = (col + 1) * step + _GAP
       sheet[top:top + side, left:left + side] = drawn[row, col]
   return sheet
+
+
+def _headings(width, places) -> UInt8[np.ndarray, 'heading W 3']:
+  """{text: its left edge} on white."""
+  strip = Image.new('RGB', (width, _HEADING), 'white')
+  pen = ImageDraw.Draw(strip)
+  for text, left in places.items():
+    pen.text((left + 2, 3), text, fill='black')
+  return np.asarray(strip)
 
 
 def _draw_views(images, chosen, config) -> UInt8[np.ndarray, 'n views side side 3']:

@@ -66,15 +66,16 @@ class Evaluator:
       return None
     return self._top1(*self._search(self.embed(state, self.queries), state.bank))
 
-  def recomputed(self, state: TrainState) -> tuple[float | None, Int[np.ndarray, 'Q K']]:
-    """kNN against fresh features of all training images: (top-1 or None, neighbors [Q, K])."""
+  def recomputed(self, state: TrainState) -> tuple[
+      float | None, Float[np.ndarray, 'Q K'], Int[np.ndarray, 'Q K']]:
+    """kNN against fresh features of all training images: (top-1 or None, similarities, rows)."""
     rows = self._engine.rows(_variables(state), self._train)
     if len(self.queries) == len(self._train) and self._own_row is not None:
       queries = distributed.gather(rows)[:len(self._train)]
     else:
       queries = self.embed(state, self.queries)
     found = self._search(queries, rows)
-    return self._top1(*found), found[1]
+    return self._top1(*found), *found
 
   def before(self, state: TrainState) -> dict[str, float | None]:
     """What training has to improve on, as summary.json names it.

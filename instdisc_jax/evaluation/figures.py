@@ -5,7 +5,7 @@ import io
 from typing import Any
 import warnings
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from matplotlib import figure as figure_lib
 from matplotlib import patches
 import numpy as np
@@ -50,25 +50,27 @@ def curves(lines: list[dict], summary: dict, batch_size: int) -> figure_lib.Figu
   return figure
 
 
-def neighbors(dataset: data.Dataset, query_images: data.Images, row: Int[np.ndarray, 'Q K'],
-              side: int, num_queries: int) -> figure_lib.Figure:
+def neighbors(dataset: data.Dataset, query_images: data.Images,
+              similarity: Float[np.ndarray, 'Q K'], row: Int[np.ndarray, 'Q K'], side: int,
+              num_queries: int = QUERIES) -> figure_lib.Figure:
   """A figure of some queries beside their nearest training images, marked as correct or not.
 
   Args:
     dataset: the run's data.
     query_images: Q images.
-    row: [Q, K] their nearest training images.
+    similarity: [Q, K] cosines of the queries and their nearest training images.
+    row: [Q, K] those images.
     side: side in pixels of the central views shown for images in files.
     num_queries: number of queries shown, evenly spaced.
   """
   queries = np.linspace(0, len(row) - 1, min(num_queries, len(row))).astype(int)
   shown = min(NEIGHBORS, row.shape[1])
   names = dataset.class_names
-  name = lambda label: str(label) if names is None else _escaped(names[label][:12])
-  height = 1.25  # of a row of images, each 1 by 1
+  name = lambda label: str(label) if names is None else _escaped(names[label][:10])
+  height, apart = 1.25, 0.25  # of a row of images, each 1 by 1; the query is set apart
   # A single Axes for all images: one per image would cost matplotlib seconds.
   figure = figure_lib.Figure(layout='constrained', figsize=(
-      0.85 * 1.08 * (shown + 1), 0.85 * height * len(queries) + 0.3))
+      0.85 * (1.08 * (shown + 1) + apart), 0.85 * height * len(queries) + 0.3))
   axes = figure.subplots()
   for line, query in enumerate(queries):
     images = [_to_look_at(query_images, query, side),
@@ -77,21 +79,25 @@ def neighbors(dataset: data.Dataset, query_images: data.Images, row: Int[np.ndar
     if query_images.labels is not None and dataset.train.labels is not None:
       labels = [query_images.labels[query], *dataset.train.labels[row[query, :shown]]]
     for i, (image, label) in enumerate(zip(images, labels)):
-      x, y = 1.08 * i, height * line
+      x, y = 1.08 * i + (apart if i else 0), height * line
       half = np.array(image.shape[:2]) / max(image.shape[:2]) / 2
       left, right, top, bottom = x - half[1], x + half[1], y - half[0], y + half[0]
       axes.imshow(image, interpolation='nearest', extent=(left, right, bottom, top))
-      if label is None:
-        continue
-      same = label == labels[0]
-      color = 'black' if i == 0 else '#2ca02c' if same else '#d62728'
-      mark = '' if i == 0 else '✓ ' if same else '✗ '
-      axes.text(x, top - 0.04, mark + name(label), fontsize=7, color=color, ha='center')
+      words = [] if i == 0 else [f'{similarity[query, i - 1]:.2f}']
+      color, width = 'black', 1.0
+      if label is not None:
+        words.append(name(label))
+        if i > 0:
+          same = label == labels[0]
+          words[0] = ('✓ ' if same else '✗ ') + words[0]
+          color, width = '#2ca02c' if same else '#d62728', 2.0
+      axes.text(x, top - 0.04, ' '.join(words), fontsize=7, color=color, ha='center')
       axes.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False,
-                                       color=color, linewidth=1 if i == 0 else 2))
-  axes.set(xlim=(-0.54, 1.08 * shown + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
+                                       color=color, linewidth=width))
+  axes.set(xlim=(-0.54, 1.08 * shown + apart + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
   axes.axis('off')
-  figure.suptitle('query and its nearest training images', x=0.01, ha='left', fontsize=9)
+  figure.suptitle('query, and its nearest training images with their cosines', x=0.01, ha='left',
+                  fontsize=9)
   return figure
 
 

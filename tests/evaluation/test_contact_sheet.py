@@ -12,9 +12,10 @@ def test_a_row_for_each_image_with_eight_different_views(tmp_path, capsys):
     Image.fromarray(coarse).resize((60 + i, 50)).save(path)
   output = tmp_path / 'sheet.png'
   assert preview.main([f'--images={tmp_path / "images"}', f'--output={output}']) == 0
-  assert capsys.readouterr().out == f'{output}\n'
+  assert capsys.readouterr().out.startswith(f'{output}: left as evaluation sees an image, ')
   with Image.open(output) as image:
-    sheet = np.asarray(image).astype(int)
+    heading, sheet = np.split(np.asarray(image).astype(int), [20])
+  assert (heading[:, :100] < 100).any() and (heading[:, 230:330] < 100).any()
   assert sheet.shape == (3 * 228 - 4, 9 * 228 + 4, 3)
   cells = [[sheet[row * 228:row * 228 + 224, left:left + 224]
             for left in (0, *range(232, 2056, 228))] for row in range(3)]
