@@ -123,3 +123,28 @@ def test_the_commands_of_the_readme_run(tmp_path):
   for name in ('instdisc_jax.main', 'preview', 'evaluate', 'embed', 'retrieve', 'convert',
                'launch/tpu_vm.sh all --dry-run'):
     assert any(name in command for command in ran), name
+
+
+def test_the_tutorial_of_a_folder_runs(tmp_path):
+  text = (ROOT / 'docs' / 'tutorials' / 'own-images.md').read_text()
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  environment, ran = soak_kill.environment(), ''
+  environment['PATH'] = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+  for block in _blocks(text, 'bash'):
+    if 'instdisc_jax.main' in block and 'runs/mine' in block and 'width=16' not in block:
+      continue  # for a GPU
+    block = block.replace('--config.epochs=30', '--config.epochs=2').replace(
+        '--config.model.init=runs/mine', '--config.model.init=runs/mine --config.epochs=1')
+    if 'labels.csv' in block:  # saved from the page, see search/test_page.py
+      paths = [f'{c}/{path.name}' for c in range(10)
+               for path in sorted((tmp_path / 'IMAGES' / str(c)).iterdir())[:10]]
+      (tmp_path / 'labels.csv').write_text(
+          'path,label\n' + ''.join(f'{path},{path[0]}\n' for path in paths))
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', block], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, f'{block}: {done.stdout[-2000:]}{done.stderr[-2000:]}'
+    ran += block
+  assert {*re.findall(r'instdisc_jax\.(\w+)', ran)} == {
+      'audit', 'classify', 'convert', 'embed', 'main', 'preview', 'retrieve'}
+  assert len((tmp_path / 'predictions.csv').read_text().splitlines()) == 1798
+  assert '"predicted"' in (tmp_path / 'page' / 'data.js').read_text()
