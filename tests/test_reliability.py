@@ -1,5 +1,6 @@
 """The guarantees of docs/concepts/reliability.md, tested on full runs; all slow."""
 
+import contextlib
 import os
 import pathlib
 import resource
@@ -30,7 +31,7 @@ def uninterrupted(tmp_path_factory):
   return folder / 'run', soak_kill.outcome(folder / 'run')
 
 
-def _wait_for_step(workdir, step, process, seconds=180):
+def _wait_for_step(workdir, step, process, seconds=600):
   end = time.monotonic() + seconds
   while soak_kill.last_step(workdir) < step:
     assert process.poll() is None and time.monotonic() < end, f'see {workdir}.log'
@@ -155,8 +156,22 @@ def test_a_run_moves_from_8_to_2_to_1_to_4_devices(tmp_path, dtype):
     _assert_close(tmp_path / 'moved', tmp_path / 'straight', dtype)
 
 
+@pytest.fixture
+def local():
+  """(workdir, processes, devices) -> `launch/local.sh` with the small run; nothing survives."""
+  launchers = []
+
+  def start(*arguments, **settings):
+    launchers.append(_local(*arguments, **settings))
+    return launchers[-1]
+
+  yield start
+  for launcher in launchers:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(launcher.pid, signal.SIGKILL)
+
+
 def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20, **changes):
-  """`launch/local.sh` with the small run on this many processes and devices."""
   settings = _elastic_settings(dtype) | {
       'steps': steps, 'model.width': 2, 'model.embedding_dim': 16, 'knn.neighbors': 5,
       'checkpoint.every_steps': 5, 'loss.noise_count': 64} | changes
@@ -166,13 +181,14 @@ def _local(workdir, processes, devices, dtype='float32', heartbeat=100, steps=20
              '--', '--config=configs/digits.py', f'--workdir={workdir}',
              *(f'--config.{key}={value}' for key, value in settings.items())]
   with open(f'{workdir}.log', 'a') as log:
-    return subprocess.Popen(command, cwd=soak_kill.ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(command, cwd=soak_kill.ROOT, env=environment, stdout=log, stderr=log,
+                            start_new_session=True)
 
 
 @pytest.mark.parametrize('dtype', _ELASTIC)
-def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
+def test_two_processes_of_2_devices_equal_one_of_4(local, tmp_path, dtype):
   for name, processes, devices in (('two', 2, 2), ('one', 1, 4)):
-    process = _local(tmp_path / name, processes, devices, dtype)
+    process = local(tmp_path / name, processes, devices, dtype)
     assert process.wait() == 0, _log(tmp_path / name)
   with jax.enable_x64(dtype == 'float64'):
     _assert_close(tmp_path / 'two', tmp_path / 'one', dtype)
@@ -180,25 +196,25 @@ def test_two_processes_of_2_devices_equal_one_of_4(tmp_path, dtype):
   assert '"num_devices": 4' in summary
 
 
-def test_two_processes_train_on_a_stream_like_one(tmp_path):
+def test_two_processes_train_on_a_stream_like_one(local, tmp_path):
   write_images(tmp_path / 'images')
   changes = {'dataset.name': f'folder:{tmp_path / "images"}', 'dataset.limit': 37,
              'augment.size': 24, 'batch_size': 8}
   for name, processes, devices, workers in (('two', 2, 1, 1), ('one', 1, 2, 0)):
-    process = _local(tmp_path / name, processes, devices, **changes | {'dataset.workers': workers})
+    process = local(tmp_path / name, processes, devices, **changes | {'dataset.workers': workers})
     assert process.wait() == 0, _log(tmp_path / name)
   _assert_close(tmp_path / 'two', tmp_path / 'one', 'float32', num_rows=37)
 
 
-def test_two_processes_stop_on_a_signal_and_one_resumes(tmp_path):
-  process = _local(tmp_path / 'run', 2, 2, steps=400)
+def test_two_processes_stop_on_a_signal_and_one_resumes(local, tmp_path):
+  process = local(tmp_path / 'run', 2, 2, steps=400)
   _wait_for_step(tmp_path / 'run', 3, process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(120) == 75, _log(tmp_path / 'run')
   assert 'stopped by ' in _log(tmp_path / 'run')
   saved = checkpoint.read(tmp_path / 'run' / 'checkpoints')['step']
   assert saved >= 3
-  again = _local(tmp_path / 'run', 1, 2, steps=int(saved) + 3)
+  again = local(tmp_path / 'run', 1, 2, steps=int(saved) + 3)
   assert again.wait() == 0, _log(tmp_path / 'run')
   steps = [line['step'] for line in metrics.read(tmp_path / 'run')]
   assert steps == list(range(1, int(saved) + 4))
@@ -211,8 +227,8 @@ def _pid(launcher, process_id):
 
 
 @pytest.mark.parametrize('dies', [0, 1])
-def test_a_process_that_dies_is_named_and_the_others_are_ended(tmp_path, dies):
-  launcher = _local(tmp_path / 'run', 2, 1, steps=100_000)
+def test_a_process_that_dies_is_named_and_the_others_are_ended(local, tmp_path, dies):
+  launcher = local(tmp_path / 'run', 2, 1, steps=100_000)
   _wait_for_step(tmp_path / 'run', 3, launcher)
   os.kill(_pid(launcher, dies), signal.SIGKILL)
   assert launcher.wait(60) == 128 + signal.SIGKILL
@@ -227,8 +243,8 @@ def _alive(pid):
 
 
 @pytest.mark.parametrize('dies', [0, 1])
-def test_the_others_end_by_themselves_within_the_heartbeat(tmp_path, dies):
-  launcher = _local(tmp_path / 'run', 2, 1, heartbeat=10, steps=100_000)
+def test_the_others_end_by_themselves_within_the_heartbeat(local, tmp_path, dies):
+  launcher = local(tmp_path / 'run', 2, 1, heartbeat=10, steps=100_000)
   _wait_for_step(tmp_path / 'run', 3, launcher)
   pids = [_pid(launcher, i) for i in range(2)]
   launcher.kill()  # nothing is left to end them
