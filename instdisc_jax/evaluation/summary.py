@@ -39,7 +39,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   config, (untrained, state) = setup.config, states
   lines = metrics.read(workdir)
   steps = [line['step_loss'] for line in lines if 'step_loss' in line]
-  top1, *nearest = evaluator.recomputed(state)
+  top1, similarity, row = evaluator.recomputed(state)
   before = _before(workdir, evaluator, untrained)
   summary = {
       'dataset': dataset.name,
@@ -66,7 +66,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   summary['training_helped'] = outcome(summary)[0]
   if jax.process_index() == 0:
     figures.save(figures.curves(lines, summary, config.batch_size), workdir / 'curves.png')
-    neighbors = figures.neighbors(dataset, evaluator.queries, *nearest, evaluator.side)
+    neighbors = figures.neighbors(dataset, evaluator.queries, similarity, row, evaluator.side)
     figures.save(neighbors, workdir / 'neighbors.png')
     files.write(workdir / FILE, json.dumps(summary, indent=2) + '\n')
   return summary
