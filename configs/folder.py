@@ -3,17 +3,22 @@
     python -m instdisc_jax.main --config=configs/folder.py --workdir=runs/mine \\
         --config.dataset.name=folder:PATH
 
-Settings left at None are derived from the number of images N (see `config.fill`): the batch size is
-the largest power of two up to min(256, N); the epochs cover 40 million images, but are at least 30
-and at most 200; the learning rate is 0.03 per 256 images of the batch; K = √N, at most 200. Any of
-them can also be set.
+Settings left at None are derived from the number of images N and from the device (see
+`config.fill`), and any of them can be set:
 
-Few folders are large enough to train from scratch: `--config.model.init=FILE` starts from weights
-in any layout that `instdisc_jax.convert` reads, `--config.model.init=WORKDIR` from an earlier run,
-e.g. before images were added.
+                        CPU                       GPU, TPU
+    model               resnet10, width 16        resnet18, width 64
+    views               32 pixels                 224 pixels
+    batch size          N / 16, a power of two, at least 16; at most 64 on a CPU, else 256
+    epochs              30 to 200, for 40 million images; up to 1,000, for 10,000 steps
+    minutes             60 at most                any
 
-Cost: intended for a GPU; on a CPU, `--config.augment.size=64` is 12 times cheaper than 224 pixels.
-The result depends on the images.
+Crops cover at least 0.4 of an image, not 0.2 as for ImageNet: few images have no need of more
+variation. docs/results/small-folders.md tells what that reaches on four folders.
+
+With good weights at hand, start from them, or use them without training:
+`--config.model.init=FILE` reads any layout that `instdisc_jax.convert` does, and
+`--config.model.init=WORKDIR` an earlier run, e.g. before images were added.
 """
 
 from ml_collections import config_dict
@@ -24,17 +29,20 @@ from instdisc_jax import config as config_lib
 def get_config():
   config = config_lib.default()
   config.dataset.name = 'folder:PATH'
-  config.model.name = 'resnet18'
   config.loss.name = 'softmax'
-  config.loss.temperature = 0.07
+  config.loss.temperature = 0.1
   config.augment.update(config_lib.PHOTOGRAPHS)
+  config.augment.crop_scale = (0.4, 1.0)
+  config.optimizer.schedule = 'cosine'
   config.optimizer.weight_decay = 1e-4
   config.knn.temperature = 0.07
   config.knn.every_epochs = 10
   config.checkpoint.every_steps = 500
-  for part, key in ((config, 'batch_size'), (config, 'epochs'), (config.knn, 'neighbors'),
-                    (config.optimizer, 'learning_rate'), (config.optimizer, 'milestones')):
-    kind = type(part[key])
-    del part[key]
-    part[key] = config_dict.placeholder(kind)
+  for part, names in ((config, ('batch_size', 'epochs')), (config.knn, ('neighbors',)),
+                      (config.model, ('name', 'width')), (config.augment, ('size',)),
+                      (config.optimizer, ('learning_rate', 'milestones'))):
+    for name in names:
+      kind = type(part[name])
+      del part[name]
+      part[name] = config_dict.placeholder(kind)
   return config

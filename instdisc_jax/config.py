@@ -25,6 +25,7 @@ LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax')
 SAMPLED_LOSSES = ('nce', 'sampled_softmax')
 _DTYPES = ('float32', 'bfloat16', 'float64')
 MOST_ROWS = 2**31 - 1  # row indices are int32
+CPU_SIDE, CPU_MINUTES = 32, 60.0  # of a run on a folder whose view size and length are not set
 
 
 class Limit(NamedTuple):
@@ -286,30 +287,46 @@ def _check(setting: Setting, value: Any) -> None:
                            setting.key)
 
 
-def fill(config: Config, num_rows: int) -> Config:
-  """A copy of `config` with its None settings derived from the number of images.
+def fill(config: Config, num_rows: int, on_cpu: bool = False,
+         stored: Mapping[str, Any] | None = None) -> Config:
+  """A copy of `config` with its None settings derived from the number of images and the device.
 
   Args:
     config: a valid `ConfigDict`.
     num_rows: N.
+    on_cpu: whether it will be trained on CPUs, where a run whose length is not set ends after
+      `CPU_MINUTES`, and the images of a folder have views of `CPU_SIDE` pixels.
+    stored: the settings of the run that is resumed; what was derived for it stays.
 
   Returns:
-    The copy. batch_size is the largest power of two up to min(N, 256); epochs cover 40 million
-    images, but are at least 30 and at most 200; optimizer.learning_rate is the published 0.03 per
-    256 images of the batch; the milestones are at 60 and 80% of the epochs; knn.neighbors is √N, at
-    most 200.
+    The copy. batch_size is the largest power of two up to N / 16, at least 16 and at most 256 (on
+    CPUs 64); epochs cover 40 million images, but are at least 30 and at most 200, and 10,000 steps
+    if that takes at most 1000; optimizer.learning_rate is 0.03, less in proportion for batches
+    below 64; the milestones are at 60 and 80% of the epochs; knn.neighbors is √N, at most 200;
+    model is resnet10 of width 16 on CPUs, else resnet18 of width 64; augment.size is 32 or 224 for
+    a folder whose images are streamed.
   """
+  stored, asked = stored or {}, flatten(config)
   config = config.copy_and_resolve_references()
-  if config.batch_size is None:
-    config.batch_size = min(256, 2 ** (num_rows.bit_length() - 1))
-  if config.epochs is None:
-    config.epochs = min(200, max(30, round(40e6 / num_rows)))
-  if config.optimizer.learning_rate is None:
-    config.optimizer.learning_rate = 0.03 * config.batch_size / 256
-  if config.optimizer.milestones is None:
-    config.optimizer.milestones = (round(0.6 * config.epochs), round(0.8 * config.epochs))
-  if config.knn.neighbors is None:
-    config.knn.neighbors = min(200, max(1, math.isqrt(num_rows)))
+
+  def derive(key, value):
+    if asked[key] is None:
+      found = stored.get(key, value)
+      config.update_from_flattened_dict({key: tuple(found) if isinstance(found, list) else found})
+
+  if asked['epochs'] is None and asked['steps'] is None:
+    derive('minutes', CPU_MINUTES if on_cpu else None)
+  largest = min(64 if on_cpu else 256, max(num_rows // 16, min(num_rows, 16)))
+  derive('batch_size', 2 ** (largest.bit_length() - 1))
+  of_images, of_steps = 40e6 / num_rows, 10_000 * config.batch_size / num_rows
+  derive('epochs', round(max(30, min(200, of_images), min(1000, of_steps))))
+  derive('optimizer.learning_rate', 0.03 * min(1.0, config.batch_size / 64))
+  derive('optimizer.milestones', (round(0.6 * config.epochs), round(0.8 * config.epochs)))
+  derive('knn.neighbors', min(200, max(1, math.isqrt(num_rows))))
+  derive('model.name', 'resnet10' if on_cpu else 'resnet18')
+  derive('model.width', 16 if on_cpu else 64)
+  if config.dataset.name.startswith('folder:') and config.dataset.path != 'resident':
+    derive('augment.size', CPU_SIDE if on_cpu else 224)
   return config
 
 

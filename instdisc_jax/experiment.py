@@ -111,8 +111,10 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   """The run's setup and its data; raises `errors.UserError` if they do not fit together."""
   config_lib.validate(config)
   dataset = data.load(config.dataset, config.seed, workdir)
-  num_rows, config = len(dataset.train), config_lib.fill(config, len(dataset.train))
+  num_rows = len(dataset.train)
   stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}
+  timed = config.minutes is not None  # by the user
+  config = config_lib.fill(config, num_rows, mesh_lib.on_cpu(mesh), stored)
   config = config_lib.resume(config, stored)
   if config.dataset.path == 'auto':
     config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
@@ -120,17 +122,21 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   dataset = dataset.kept(setup.config.dataset.path)
   if config.minutes is not None:
-    config = _timed(setup.config, stored, dataset, mesh)
+    config = _timed(setup.config, stored, dataset, mesh, math.inf if timed else None)
     setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   return setup, dataset
 
 
-def _timed(config, stored, dataset, mesh):
-  """The configuration with the steps that `config.minutes` allow, or those of the resumed run."""
+def _timed(config, stored, dataset, mesh, most):
+  """The configuration with the steps that `config.minutes` allow, or those of the resumed run.
+
+  At most `most` steps; None: those of its epochs.
+  """
   num_rows = len(dataset.train)
   steps = stored.get('steps') if stored.get('minutes') == config.minutes else None
   if steps is None:
-    steps = budget.steps(config, dataset.train, mesh)
+    most = config.epochs * num_rows // config.batch_size if most is None else most
+    steps = int(min(budget.steps(config, dataset.train, mesh), most))
   epochs = max(1, math.ceil(steps * config.batch_size / num_rows))
   ratio = epochs / config.epochs
   config.update(steps=steps, epochs=epochs)

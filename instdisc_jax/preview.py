@@ -5,6 +5,7 @@ import io
 import pathlib
 import sys
 
+import jax
 from PIL import Image
 
 from instdisc_jax import cli
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors.check_output(output, ('.png',))
     config = _config(args.config, overrides)
     images, _, _ = folder.load(args.images, 'error', setting='--images')
+    config = config_lib.fill(config, len(images), jax.default_backend() == 'cpu')
     try:
       sheet = contact_sheet.draw(images, config)
     except images_lib.UnreadableImage as e:

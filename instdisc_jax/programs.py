@@ -90,7 +90,8 @@ class Run:
                queries: int = QUERIES):
     config_lib.validate(config)
     num_rows, self._image_shape = data.describe(config.dataset, config.seed)
-    config, mesh = config_lib.fill(config, num_rows), mesh_lib.make(devices)
+    mesh = mesh_lib.make(devices)
+    config = config_lib.fill(config, num_rows, mesh_lib.on_cpu(mesh))
     if config.dataset.path == 'auto':
       config.dataset.path = feeds.choose_path(config, num_rows, self._image_shape, chip.memory)
     self.setup = state_lib.Setup.for_data(config, num_rows, self._image_shape, mesh)

@@ -133,20 +133,30 @@ def _get_config(name):
   return runpy.run_path(str(CONFIGS[0].parent / name))['get_config']
 
 
-@pytest.mark.parametrize('num_rows, batch_size, epochs, neighbors', [
-    (2, 2, 200, 1), (200, 128, 200, 14), (1000, 256, 200, 31), (1_000_000, 256, 40, 200)])
-def test_the_settings_of_a_folder_follow_its_size_unless_given(
-    num_rows, batch_size, epochs, neighbors):
+@pytest.mark.parametrize('num_rows, on_cpu, batch_size, epochs, neighbors', [
+    (2, True, 2, 1000, 1), (200, False, 16, 800, 14), (1500, True, 64, 427, 38),
+    (1500, False, 64, 427, 38), (5000, False, 256, 512, 70), (20_000, False, 256, 200, 141),
+    (20_000, True, 64, 200, 141), (1_000_000, False, 256, 40, 200)])
+def test_the_settings_of_a_folder_follow_its_size_and_the_device_unless_given(
+    num_rows, on_cpu, batch_size, epochs, neighbors):
   config = _get_config('folder.py')()
   config_lib.validate(config)
-  filled = config_lib.fill(config, num_rows)
+  filled = config_lib.fill(config, num_rows, on_cpu)
   assert (filled.batch_size, filled.epochs, filled.knn.neighbors) == (batch_size, epochs, neighbors)
-  assert filled.optimizer.learning_rate == pytest.approx(0.03 * batch_size / 256)
-  assert filled.optimizer.milestones == (0.6 * epochs, 0.8 * epochs)
+  assert filled.optimizer.learning_rate == pytest.approx(0.03 * min(1, batch_size / 64))
+  assert filled.optimizer.milestones == (round(0.6 * epochs), round(0.8 * epochs))
+  assert (filled.model.name, filled.model.width, filled.augment.size, filled.minutes) == (
+      ('resnet10', 16, 32, 60) if on_cpu else ('resnet18', 64, 224, None))
   assert config.batch_size is None  # a copy was filled
-  config.epochs, config.batch_size = 7, 2
-  assert config_lib.fill(config, num_rows).epochs == 7
-  assert config_lib.fill(config, num_rows).batch_size == 2
+  config.epochs, config.batch_size, config.augment.size = 7, 2, 48
+  filled = config_lib.fill(config, num_rows, on_cpu)
+  assert (filled.epochs, filled.batch_size, filled.augment.size, filled.minutes) == (7, 2, 48, None)
+
+
+def test_what_was_derived_stays_when_a_run_is_resumed_on_another_device():
+  config = _get_config('folder.py')()
+  stored = config_lib.to_json(config_lib.fill(config, 1500, on_cpu=True))
+  assert config_lib.to_json(config_lib.fill(config, 1500, False, stored)) == stored
 
 
 def test_presets_of_imagenet():

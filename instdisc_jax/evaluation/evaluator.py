@@ -10,7 +10,7 @@ import numpy as np
 from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import views
-from instdisc_jax.evaluation import embedding, figures, knn
+from instdisc_jax.evaluation import embedding, figures, knn, two_views
 from instdisc_jax.runtime import distributed, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training.state import Setup, TrainState
@@ -77,6 +77,13 @@ class Evaluator:
     found = self._search(queries, rows)
     return self._top1(*found), *found
 
+  def agreement(self, state: TrainState) -> float | None:
+    """How far two views of an image agree on its neighbors; None if there are few images."""
+    if len(self._train) <= 2 * two_views.NEIGHBORS:
+      return None
+    return two_views.agreement(*two_views.embed(self._setup.config, self._setup.encoder,
+                                                _variables(state), self._train))
+
   def before(self, state: TrainState) -> dict[str, float | None]:
     """What training has to improve on, as summary.json names it.
 
@@ -84,7 +91,8 @@ class Evaluator:
       state: the state before training; its bank is not used.
     """
     return {'knn_top1_untrained': self.recomputed(state)[0] if self.has_labels else None,
-            'knn_top1_pixels': self.pixels()}
+            'knn_top1_pixels': self.pixels(),
+            'neighbor_agreement_untrained': self.agreement(state)}
 
   def pixels(self) -> float | None:
     """kNN top-1 with mean-centered raw pixels as features; None without labels.

@@ -37,6 +37,7 @@ from instdisc_jax.evaluation import (
   geometry,
   knn,
   probes,
+  two_views,
 )
 from instdisc_jax.evaluation.embedding import EMBEDDING, STAGES
 from instdisc_jax.runtime import errors, files
@@ -45,7 +46,6 @@ _KS, _TEMPERATURES = (1, 5, 20, 50, 100, 200), (0.04, 0.07, 0.1, 0.2)
 _CLASSES_SHOWN, _CLASSES_DRAWN = 20, 2000
 _HELD_OUT = 0.2  # share held out of a set that has no held-out images
 _LEAST = 10  # minimum number of labeled images for the protocols that train
-_ALIGNED = 1024  # images whose two views are compared
 
 
 class Model(Protocol):
@@ -275,34 +275,15 @@ def fine_tune(sets: Sets) -> Iterator[dict[str, Any]]:
 def measure_geometry(sets: Sets) -> Iterator[dict[str, Any]]:
   """One row of results, for the embeddings of the training images."""
   embeddings, labels = np.asarray(sets.train[EMBEDDING]), sets.train_labels
-  yield {'alignment': geometry.alignment(*_two_views(sets)),
+  first, second = two_views.embed(sets.model.config, sets.model.encoder, sets.model.variables,
+                                  sets.train_images)
+  yield {'alignment': geometry.alignment(first, second),
+         'neighbor_agreement': two_views.agreement(first, second),
          'class_alignment': None if labels is None else geometry.class_alignment(embeddings,
                                                                                  labels),
          'uniformity': geometry.uniformity(embeddings),
          'effective_rank': geometry.effective_rank(embeddings),
          'staleness': None if sets.bank is None else geometry.staleness(sets.bank, embeddings)}
-
-
-def _two_views(sets):
-  """Embeddings ([n, D], [n, D]) of two random views of a seeded sample of the training images.
-
-  Images in files are cropped from their central views.
-  """
-  model, chunk = sets.model, 64
-  variables = _on_one_device(model.variables)
-  chosen = np.sort(np.random.RandomState(0).permutation(len(sets.train_images))[:_ALIGNED])
-
-  @jax.jit
-  def encode(variables, keys, images):
-    return model.encoder.apply(variables, views.draw(model.config, keys, images), train=False)
-
-  found: Any = ([], [])
-  for number, start in enumerate(range(0, len(chosen), chunk)):
-    images = views.read(sets.train_images, chosen[start:start + chunk], model.config.augment.size)
-    for view, embeddings in enumerate(found):
-      key = jax.random.fold_in(jax.random.key(view), number)
-      embeddings.append(encode(variables, jax.random.split(key, len(images)), images))
-  return tuple(np.concatenate(embeddings) for embeddings in found)
 
 
 def _on_one_device(variables):

@@ -11,7 +11,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from instdisc_jax import data
-from instdisc_jax.evaluation import figures
+from instdisc_jax.evaluation import figures, two_views
 from instdisc_jax.evaluation.evaluator import Evaluator
 from instdisc_jax.runtime import digest, distributed, files, metrics
 from instdisc_jax.training.state import Setup, TrainState
@@ -56,6 +56,8 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_top1_bank': evaluator.from_bank(state),
       'knn_top1_untrained': before.get('knn_top1_untrained'),
       'knn_top1_pixels': before.get('knn_top1_pixels'),
+      'neighbor_agreement': evaluator.agreement(state),
+      'neighbor_agreement_untrained': before.get('neighbor_agreement_untrained'),
       'images_per_second': images_per_second,
       'params_digest': digest.of_arrays(
           jax.tree.leaves(jax.device_get((state.params, state.batch_stats)))),
@@ -86,7 +88,12 @@ def measure_start(workdir: files.Place, evaluator: Evaluator, state: TrainState)
   shown = [f'{value:.3f} {title}' for title, key in (
       ('with the encoder as it is', 'knn_top1_untrained'), ('with raw pixels', 'knn_top1_pixels'))
            if (value := before[key]) is not None]
-  return 'before training: ' + (f'kNN top-1 is {", ".join(shown)}' if shown else 'no labels')
+  agreement = before['neighbor_agreement_untrained']
+  lines = [f'kNN top-1 is {", ".join(shown)}'] if shown else []
+  if agreement is not None:
+    lines.append(f'two views of an image share {agreement:.3f} of their {two_views.NEIGHBORS} '
+                 'nearest neighbors')
+  return 'before training: ' + ('; '.join(lines) or 'too few images to measure anything')
 
 
 def _before(workdir, evaluator, untrained):
@@ -99,26 +106,36 @@ def _before(workdir, evaluator, untrained):
 
 
 def outcome(summary: dict[str, Any]) -> tuple[bool | None, str]:
-  """Whether training helped, by kNN, and a line that says so.
+  """Whether training helped, and a line that says so.
+
+  By kNN or, without labels, by the neighbors that two views of an image have in common.
 
   Args:
     summary: the content of summary.json.
 
   Returns:
-    (True or False; None without labels, or if the difference is within its standard error,
-     a sentence, '' without labels).
+    (True or False; None if the difference is within its standard error, or nothing was measured;
+     a sentence, '' if nothing was measured).
   """
   top1, pixels, start = (summary[f'knn_top1{name}'] for name in ('', '_pixels', '_untrained'))
-  if top1 is None or start is None:
-    return None, ''
-  best = max(start, pixels or 0.0)
-  error = math.sqrt((top1 * (1 - top1) + best * (1 - best)) / summary['num_queries'])
-  against = f'kNN top-1 is {top1:.3f}, {start:.3f} before it' + (
-      '' if pixels is None else f', {pixels:.3f} for raw pixels')
-  if abs(top1 - best) <= error:
-    return None, (f'training made no clear difference: {against}; the standard error of '
-                  f'{summary["num_queries"]:,} queries is {error:.3f}')
-  if top1 > best:
+  if top1 is not None and start is not None:
+    value, best, count = top1, max(start, pixels or 0.0), summary['num_queries']
+    against = f'kNN top-1 is {top1:.3f}, {start:.3f} before it' + (
+        '' if pixels is None else f', {pixels:.3f} for raw pixels')
+    of = f'{count:,} queries'
+  else:
+    value, best = (summary[f'neighbor_agreement{name}'] for name in ('', '_untrained'))
+    if value is None or best is None:
+      return None, ''
+    count = min(two_views.MOST, summary['num_rows'])
+    against = (f'two views of an image share {value:.3f} of their {two_views.NEIGHBORS} nearest '
+               f'neighbors, {best:.3f} before it, which is all that can be told without labels')
+    of = f'{count:,} images'
+  error = math.sqrt((value * (1 - value) + best * (1 - best)) / count)
+  if abs(value - best) <= error:
+    return None, (f'training made no clear difference: {against}; the standard error of {of} is '
+                  f'{error:.3f}')
+  if value > best:
     return True, f'training helped: {against}'
   return False, (f'training did not help: {against}; train longer (--config.epochs), or start from '
                  'trained weights (--config.model.init=FILE)')
