@@ -13,4 +13,4 @@ def test_the_command_writes_a_line_for_each_result(trained, tmp_path, capsys):
   assert all(line['dataset'] == 'digits' and line['step'] == 12 for line in lines)
   out = capsys.readouterr().out
   assert "knn, with the run's own K and τ" in out and 'best (K, τ)' in out
-  assert 'effective rank' in out
+  assert 'effective' in out and 'uniformity' in out

@@ -278,7 +278,7 @@ CASES = [
     Case('missing checkpoint', 'convert', ['--from=a.pth', '--workdir=run']),
     Case('conversion into a folder that is not empty', 'convert', ['--from=a.pth', '--workdir=run'],
          lambda: [_writes('a.pth', '')(), _writes('run/notes.txt', '')()][1]),
-    Case('export to an unknown format', 'convert', ['--workdir=run', '--to=a.onnx']),
+    Case('export to an unknown format', 'convert', ['--workdir=run', '--to=a.tflite']),
     Case('export of a folder that is not a run', 'convert', ['--workdir=run', '--to=a.pth']),
     Case('export of a run without a checkpoint', 'convert', ['--workdir=run', '--to=a.pth'],
          _started()),

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 import numpy as np
 from sklearn import decomposition, manifold
+import threadpoolctl
 
 _FEW = 10  # rows up to which principal components are all there is to see
 _MOST_TSNE = 10_000  # rows, minutes of work
@@ -34,8 +35,9 @@ def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndar
     place = umap.UMAP(metric='cosine', random_state=seed, n_jobs=1,
                       n_neighbors=min(15, count - 1)).fit_transform(embedding)
   elif count <= _MOST_TSNE:
-    place = manifold.TSNE(perplexity=min(30.0, (count - 1) / 3), random_state=seed,
-                          init='pca').fit_transform(_components(embedding, _DIMENSIONS, seed))
+    with threadpoolctl.threadpool_limits(1):  # more wait for each other, minutes on a busy machine
+      place = manifold.TSNE(perplexity=min(30.0, (count - 1) / 3), random_state=seed,
+                            init='pca').fit_transform(_components(embedding, _DIMENSIONS, seed))
   else:
     place = _components(embedding, 2, seed)
   place = np.asarray(place, np.float32)

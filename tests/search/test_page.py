@@ -85,7 +85,7 @@ def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path, capsys):
   assert len(page['queries']) == page['rows'] == 41  # no run: the folder is searched
   assert (f'{weights}: encoder: resnet10_cifar, width 2, embedding of 128; head fresh' in
           (said := capsys.readouterr().err))
-  assert 'represented by pooled, of views of 32 pixels' in said
+  assert 'represented by pooled, of views of 24 pixels' in said  # as in the run
 
 
 def _row(page, i):
