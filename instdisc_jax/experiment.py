@@ -122,21 +122,22 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   dataset = dataset.kept(setup.config.dataset.path)
   if config.minutes is not None:
-    config = _timed(setup.config, stored, dataset, mesh, math.inf if timed else None)
+    config = _timed(setup.config, stored, dataset, mesh, within_epochs=not timed)
     setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   return setup, dataset
 
 
-def _timed(config, stored, dataset, mesh, most):
+def _timed(config, stored, dataset, mesh, within_epochs):
   """The configuration with the steps that `config.minutes` allow, or those of the resumed run.
 
-  At most `most` steps; None: those of its epochs.
+  `within_epochs`: and no more than complete its epochs.
   """
   num_rows = len(dataset.train)
   steps = stored.get('steps') if stored.get('minutes') == config.minutes else None
   if steps is None:
-    most = config.epochs * num_rows // config.batch_size if most is None else most
-    steps = int(min(budget.steps(config, dataset.train, mesh), most))
+    steps = budget.steps(config, dataset.train, mesh)
+    if within_epochs:
+      steps = min(steps, config.epochs * num_rows // config.batch_size)
   epochs = max(1, math.ceil(steps * config.batch_size / num_rows))
   ratio = epochs / config.epochs
   config.update(steps=steps, epochs=epochs)

@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jaxtyping import Float
+from ml_collections import config_dict
 import numpy as np
 
-from instdisc_jax import augment, data
 from instdisc_jax import config as config_lib
+from instdisc_jax import data
 from instdisc_jax.data import views
 
 MOST = 1024  # images whose views are compared
@@ -38,22 +39,21 @@ def embed(config: config_lib.Config, encoder: nn.Module, variables: dict[str, An
   """
   variables = jax.device_put(jax.device_get(variables), jax.local_devices()[0])
   chosen = np.sort(np.random.RandomState(0).permutation(len(images))[:MOST])
-  chunk, how = min(_CHUNK, len(chosen)), augment.Augmentation.of(config.augment)
+  chunk, frozen = min(_CHUNK, len(chosen)), config_dict.FrozenConfigDict(config)
   found: Any = ([], [])
   for number, start in enumerate(range(0, len(chosen), chunk)):
     part = np.minimum(np.arange(start, start + chunk), len(chosen) - 1)  # one size to compile
     read = views.read(images, chosen[part], config.augment.size)
     for view, embeddings in enumerate(found):
       keys = jax.random.split(jax.random.fold_in(jax.random.key(view), number), chunk)
-      embeddings.append(_encode(variables, keys, read, encoder=encoder, how=how,
-                                size=views.size(config, read.shape[1:])))
+      embeddings.append(_encode(variables, keys, read, encoder=encoder, config=frozen))
   first, second = (np.concatenate(embeddings)[:len(chosen)] for embeddings in found)
   return first, second
 
 
-@functools.partial(jax.jit, static_argnames=('encoder', 'how', 'size'))
-def _encode(variables, keys, images, *, encoder, how, size):
-  return encoder.apply(variables, augment.augment(keys, images, how, size=size), train=False)
+@functools.partial(jax.jit, static_argnames=('encoder', 'config'))
+def _encode(variables, keys, images, *, encoder, config):
+  return encoder.apply(variables, views.draw(config, keys, images), train=False)
 
 
 def agreement(first: Float[np.ndarray, 'n D'], second: Float[np.ndarray, 'n D'],

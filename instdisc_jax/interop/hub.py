@@ -7,16 +7,13 @@
 
 from collections.abc import Mapping
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
 import numpy as np
 
 from instdisc_jax.interop import safe_pickle
-from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import errors, files
 
 _IN_TIMM = ('resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
 _SHOWN = ('dataset.name', 'epochs', 'steps', 'batch_size', 'loss.name', 'loss.temperature',
@@ -53,19 +50,10 @@ def write(folder: pathlib.Path, state_dict: Mapping[str, np.ndarray], settings: 
   if folder.exists():
     raise errors.UserError(f"'{folder}' exists", remedy='set <--to> to a new folder',
                            setting='--to')
-  partial = None
-  try:
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    partial.chmod(0o755)
+  with files.whole_folder(folder, '--to') as partial:
     save(dict(state_dict), partial / 'model.safetensors', metadata={'format': 'pt'})
     (partial / 'config.json').write_text(json.dumps(_config(settings, side), indent=2) + '\n')
     (partial / 'README.md').write_text(_card(folder.name, settings, side, summary))
-    os.replace(partial, folder)
-  except OSError as e:
-    raise errors.cannot_write(folder, e, '--to') from e
-  finally:
-    if partial is not None:
-      shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(settings, side) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The files of a run, in a folder or in a bucket (gs://...): the same calls for both."""
 
+from collections.abc import Iterator
+import contextlib
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 from typing import TypeAlias
 
 from etils import epath
@@ -50,6 +54,35 @@ def append(path: Place, text: str) -> None:
     return
   with path.open('a', encoding='utf8', errors='surrogateescape') as file:
     file.write(text)
+
+
+@contextlib.contextmanager
+def whole_folder(path: pathlib.Path, argument: str) -> Iterator[pathlib.Path]:
+  """A folder that takes the place of `path` once it is complete; if anything fails, nothing does.
+
+  Args:
+    path: a folder on the local file system; an earlier one is replaced.
+    argument: the argument that named it.
+
+  Yields:
+    The folder to fill, beside `path`.
+
+  Raises:
+    errors.UserError: it cannot be written.
+  """
+  partial = None
+  try:
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    partial.chmod(0o755)
+    yield partial
+    if path.exists():
+      shutil.rmtree(path)
+    os.replace(partial, path)
+  except OSError as e:
+    raise errors.cannot_write(path, e, argument) from e
+  finally:
+    if partial is not None:
+      shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(path: Place, content: str | bytes) -> None:

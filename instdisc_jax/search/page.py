@@ -16,7 +16,6 @@ import math
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -26,7 +25,7 @@ from PIL import Image
 from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
-from instdisc_jax.runtime import errors, metrics, preemption
+from instdisc_jax.runtime import errors, files, metrics, preemption
 from instdisc_jax.search import audit, neighbors, projection
 
 STATIC = pathlib.Path(__file__).with_name('static')
@@ -331,23 +330,12 @@ def _predictions(content, predicted) -> dict[str, Any]:
 
 def _write(content, sources, output, watch):
   """Writes the folder completely or not at all."""
-  partial = None
-  try:
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
-    partial.chmod(0o755)
+  with files.whole_folder(output, '--output') as partial:
     (partial / 'images').mkdir()
     _write_thumbnails(sources, partial / 'images', watch)
     (partial / 'data.js').write_text(f'const PAGE = {json.dumps(content)};\n')
     for file in STATIC.iterdir():
       shutil.copyfile(file, partial / file.name)
-    if output.exists():
-      shutil.rmtree(output)
-    os.replace(partial, output)
-  except OSError as e:
-    raise errors.cannot_write(output, e, '--output') from e
-  finally:
-    if partial is not None:
-      shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_thumbnails(sources, place, watch):
