@@ -217,6 +217,16 @@ class Model:
     x = part[self.features]
     return x if self.features == embedding.EMBEDDING else linalg.unit(np.asarray(x, np.float32))
 
+  @property
+  def _cache(self) -> pathlib.Path | None:
+    """The folder of what the weights have computed, or None."""
+    return None if files.in_bucket(self.workdir) else pathlib.Path(self.workdir) / 'features'
+
+  @property
+  def maps(self) -> pathlib.Path | None:
+    """A folder for maps of the embeddings, which goes when the weights change; None in a bucket."""
+    return self._cache and self._cache / f'{self.digest()[:16]}-maps'
+
   def fresh(self, images: data.Images) -> Float[np.ndarray, 'N D']:
     """The embeddings of the central views of many images.
 
@@ -227,7 +237,7 @@ class Model:
       errors.UserError: an image cannot be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
-      place = pathlib.Path(scratch if files.in_bucket(self.workdir) else self.workdir / 'features')
+      place = self._cache or pathlib.Path(scratch)
       found = feature_store.collect(self.engine, self.variables, self.digest(), images, place,
                                     [self.features])
       return np.array(self._unit(found))

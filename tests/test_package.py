@@ -56,7 +56,8 @@ def test_the_wheel_runs_the_demo_outside_the_checkout(tmp_path):
 _SHORTER = ['--config.steps=12', '--config.knn.every_epochs=0']
 _LEFT_OUT = {
     'make ': 'other tests, and CI',
-    'pip install': 'test_the_wheel_runs_the_demo_outside_the_checkout',
+    'python3 -m venv': 'test_the_wheel_runs_the_demo_outside_the_checkout',
+    'pip install': 'the same',
     'python -m instdisc_jax.main --config=configs/cifar10.py --workdir=runs/cifar10': 'a download',
     'python -m instdisc_jax.main --config=configs/imagenet.py': 'ImageNet',
     'python -m instdisc_jax.reproduce': 'minutes; test_reproduce.py',

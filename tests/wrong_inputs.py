@@ -292,6 +292,8 @@ CASES = [
          ['--workdir=run', '--images=images', '--output=a.csv']),
     Case('embeddings into a missing folder', 'embed',
          ['--workdir=run', '--images=images', '--output=b/a.npz']),
+    Case('embeddings with predictions that are no file', 'embed',
+         ['--workdir=run', '--images=images', '--output=a.npz', '--predictions=p.csv']),
     *(Case(f'labels: {what}', 'classify',
            ['--workdir=run', '--images=images', '--labels=l.csv', '--output=p.csv'],
            _labels(text))

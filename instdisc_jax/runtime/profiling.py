@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
-from instdisc_jax.runtime import files, hardware
+from instdisc_jax.runtime import files, hardware, metrics
 
 _FIRST_DISPATCH = 3  # the first dispatch traced; earlier ones warm up
+_GPU_RATE, _GPU_STEP = 10e12, 2e-3  # FLOP/s in use and least seconds per step, for a rough estimate
 
 
 class Costs:
@@ -47,6 +48,14 @@ class Costs:
     rate = self.flops * steps_per_second
     share = f', {rate / self._peak:.1%} of peak' if self._peak else ''
     return f'{rate / 1e12:,.3f} TFLOP/s per device{share}'
+
+  def on_a_gpu(self, steps: int) -> str:
+    """A rough model of the time that these steps would take on a GPU, in words; '' if unknown."""
+    if self.flops is None:
+      return ''
+    time = metrics.duration(steps * max(self.flops / _GPU_RATE, _GPU_STEP))
+    return (f'a GPU would take about {time} for them, if images are read as fast (modeled: '
+            f'{_GPU_RATE / 1e12:.0f} TFLOP/s, but at least {_GPU_STEP * 1e3:.0f} ms per step)')
 
 
 class Trace:

@@ -6,7 +6,7 @@ Until the file is complete, its parts are in a folder beside it:
     0.npy, 1.npy, ...  [1024, D] each, the last one shorter
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import json
@@ -16,20 +16,21 @@ import shutil
 from typing import Any
 
 import jax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 import numpy as np
 
 from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import distributed, errors, metrics, preemption
-from instdisc_jax.search import formats
+from instdisc_jax.search import formats, labeling
 
 PART = 1024  # images per part, whatever the number of devices: a resume may use another
 
 
 def write(model: inference.Model, images: str, output: pathlib.Path, watch: preemption.Watch,
-          on_unreadable: str = 'error') -> int:
+          on_unreadable: str = 'error',
+          predictions: Mapping[str, tuple[str, float]] | None = None) -> int:
   """Writes the embeddings of all images of a folder.
 
   All processes compute embeddings; the first one writes them. Another call with the same weights
@@ -42,16 +43,20 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
       trained on, else -1.
     watch: checked after each chunk, in all processes.
     on_unreadable: see `folder.load`.
+    predictions: of some of the images, see `labeling.read_predictions`.
 
   Returns:
     The number of images.
 
   Raises:
-    errors.UserError: there are no images, one cannot be read, or the output cannot be written.
+    errors.UserError: there are no images, one cannot be read, the output cannot be written, or the
+      predictions are of other images.
     errors.Stopped: stopped by a signal; completed parts are kept.
   """
   source, class_names, listing = folder.load(images, on_unreadable, setting='--images')
   _check_same(source, images)
+  if predictions is not None:
+    labeling.check_names(predictions, source.names)
   index = model.rows_of(source, listing['files'])
   parts = _Parts(output, {'weights': model.digest(), 'features': model.features,
                           'images': source.identity(), 'part': PART})
@@ -63,7 +68,14 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
            lambda part, embedding: _on_first(output, lambda: parts.write(part, embedding)))
   label = (None if source.labels is None or class_names is None
            else [class_names[i] for i in source.labels])
-  _on_first(output, lambda: parts.combine(np.array(source.names), index, label))
+  maps = model.maps
+
+  def combine():
+    found = formats.Embedded(np.array(source.names), parts.read(), index, label, predictions or {})
+    formats.write(output, found, parts.folder, maps)
+    parts.remove()
+
+  _on_first(output, combine)
   return len(source)
 
 
@@ -150,11 +162,12 @@ class _Parts:
     np.save(partial, embedding)
     os.replace(partial, self._part(number))
 
-  def combine(self, path: np.ndarray, index: Int[np.ndarray, ' n'],
-              label: list[str] | None) -> None:
-    """Writes the parts as one file, then removes the folder."""
-    embedding = np.concatenate([np.load(self._part(i)) for i in range(self.count())])
-    formats.write(self.output, formats.Embedded(path, embedding, index, label), self.folder)
+  def read(self) -> Float[np.ndarray, 'N D']:
+    """All embeddings."""
+    return np.concatenate([np.load(self._part(i)) for i in range(self.count())])
+
+  def remove(self) -> None:
+    """Removes the folder."""
     shutil.rmtree(self.folder)
 
   def _part(self, number):

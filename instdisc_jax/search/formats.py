@@ -7,6 +7,7 @@
     FILE.faiss     FAISS: an exact index of cosines, with a table of the rest in FILE.csv
 """
 
+from collections.abc import Mapping
 import csv
 import dataclasses
 import importlib
@@ -35,11 +36,13 @@ class Embedded:
     embedding: [n, D] float32 unit-norm.
     index: [n] int32, the bank's row of each, or -1.
     label: [n] the class of each, or None.
+    prediction: {path: (label, confidence)} for some, see `labeling.read_predictions`.
   """
   path: np.ndarray
   embedding: Float[np.ndarray, 'n D']
   index: Int[np.ndarray, ' n']
   label: list[str] | None = None
+  prediction: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def check(output: pathlib.Path) -> None:
@@ -56,13 +59,15 @@ def check(output: pathlib.Path) -> None:
           '--output') from e
 
 
-def write(output: pathlib.Path, found: Embedded, scratch: pathlib.Path) -> None:
+def write(output: pathlib.Path, found: Embedded, scratch: pathlib.Path,
+          maps: pathlib.Path | None = None) -> None:
   """Writes a file, completely or not at all, and the table that belongs to it.
 
   Args:
     output: the file; its suffix, one of `SUFFIXES`, is the format.
     found: what it holds.
     scratch: a folder on the same file system.
+    maps: a folder that keeps the map, see `projection.project_once`.
   """
   partial = scratch / f'all{output.suffix}'
   match output.suffix:
@@ -71,7 +76,7 @@ def write(output: pathlib.Path, found: Embedded, scratch: pathlib.Path) -> None:
     case '.npy':
       np.save(partial, found.embedding)
     case '.parquet':
-      _write_parquet(partial, found)
+      _write_parquet(partial, found, maps)
     case '.faiss':
       faiss: Any = importlib.import_module('faiss')
       index = faiss.IndexFlatIP(found.embedding.shape[1])
@@ -83,24 +88,29 @@ def write(output: pathlib.Path, found: Embedded, scratch: pathlib.Path) -> None:
 
 
 def _table(found):
-  """path, index and label of every row, as CSV."""
+  """path, index, label and prediction of every row, as CSV."""
   text = io.StringIO()
   lines = csv.writer(text, lineterminator='\n')
-  lines.writerow(('path', 'index', 'label'))
+  lines.writerow(('path', 'index', 'label', 'prediction', 'confidence'))
   labels = found.label or [''] * len(found.path)
-  lines.writerows(zip(found.path.tolist(), found.index.tolist(), labels))
+  for path, index, label in zip(found.path.tolist(), found.index.tolist(), labels):
+    lines.writerow((path, index, label, *found.prediction.get(path, ('', ''))))
   return text.getvalue()
 
 
-def _write_parquet(file, found):
+def _write_parquet(file, found, maps):
   pyarrow: Any = importlib.import_module('pyarrow')
   parquet: Any = importlib.import_module('pyarrow.parquet')
   count, dim = found.embedding.shape
   flat = pyarrow.array(np.ascontiguousarray(found.embedding, np.float32).ravel())
-  columns = {'path': found.path.tolist(), 'index': found.index,
+  paths = found.path.tolist()
+  predicted = [found.prediction.get(path, (None, None)) for path in paths]
+  columns = {'path': paths, 'index': found.index,
              'label': found.label or pyarrow.nulls(count, pyarrow.string()),
+             'prediction': pyarrow.array([label for label, _ in predicted], pyarrow.string()),
+             'confidence': pyarrow.array([value for _, value in predicted], pyarrow.float32()),
              'embedding': pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
-  x, y = projection.project(found.embedding).T
+  x, y = projection.project_once(found.embedding, 0, maps).T
   columns |= {'x': x, 'y': y, 'neighbors': _neighbors(pyarrow, found.embedding)}
   parquet.write_table(pyarrow.table(columns), file)
 

@@ -1,6 +1,6 @@
 """From labels of some images of a folder to predictions for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import os
@@ -175,6 +175,14 @@ def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:
     raise errors.UserError(f"'{file}' has no column '{min(missing)}'",
                            'a table with columns path, label and confidence', remedy, setting)
   return found
+
+
+def check_names(predictions: Mapping[str, Any], names: Sequence[str] | None) -> None:
+  """Raises `errors.UserError` if predictions are of none of the images with these names."""
+  if predictions.keys().isdisjoint(names or ()):
+    raise errors.UserError(f'--predictions names none of the {len(names or ())} images',
+                           remedy='set <--predictions> to what classify wrote for them',
+                           setting='--predictions')
 
 
 def _lines(file):

@@ -26,7 +26,7 @@ from instdisc_jax import inference
 from instdisc_jax.data import folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, files, metrics, preemption
-from instdisc_jax.search import audit, neighbors, projection
+from instdisc_jax.search import audit, labeling, neighbors, projection
 
 STATIC = pathlib.Path(__file__).with_name('static')
 MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
@@ -118,7 +118,6 @@ class _Found:
     exact: numbers of the images whose nearest are searched among all, or None: all of them.
     threshold: cosine from which two images are duplicates.
     outliers: [(number, mean similarity)].
-    place: [n + q, 2] on the map.
   """
   shown: Int[np.ndarray, ' n']
   chosen: Int[np.ndarray, ' q']
@@ -128,7 +127,6 @@ class _Found:
   exact: list[int] | None
   threshold: float
   outliers: list[tuple[int, float]]
-  place: Float[np.ndarray, 'm 2']
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -167,23 +165,23 @@ def build(model: inference.Model, output: pathlib.Path, watch: preemption.Watch,
   """
   queries, limits = queries or Queries(), limits or Limits()
   searched, asked = _open(queries, model)
-  names = searched.images.names
   if len(searched.images) < 2:
     raise errors.UserError(f"'{model.workdir}' was trained on one image, which has no neighbors",
                            remedy='set <--workdir> to another run', setting='--workdir')
-  if predictions is not None and predictions.keys().isdisjoint(names or ()):
-    raise errors.UserError(f'--predictions names none of the {len(searched.images)} images',
-                           remedy='set <--predictions> to what classify wrote for them',
-                           setting='--predictions')
+  if predictions is not None:
+    labeling.check_names(predictions, searched.images.names)
   rows, given = _embed(model, searched.images), None
   watch.check()
   if asked.images is not None:
     given = _embed(model, asked.images)
-  found = _search(rows, given, queries.most, limits, model.config.seed, watch.check)
+  found = _search(rows, given, queries.most, limits, watch.check)
+  mapped = rows[found.shown] if given is None else np.concatenate([rows[found.shown],
+                                                                   given[found.chosen]])
+  place = projection.project_once(mapped, model.config.seed, model.maps)
   sources = [_named(searched.images, found.shown, 'train')]
   if asked.images is not None:
     sources.append(_named(asked.images, found.chosen, 'test'))
-  content = _content(searched, asked, found, sources)
+  content = _content(searched, asked, found, place, sources)
   if predictions is not None:
     content |= _predictions(content, predictions)
   _write(content, sources, output, watch)
@@ -249,7 +247,7 @@ def _embed(model, images) -> Float[np.ndarray, 'n D']:
     raise e.with_remedy('remove it, or set <--on_unreadable>=skip, or <--images>') from e
 
 
-def _search(rows, given, most, limits, seed, check) -> _Found:
+def _search(rows, given, most, limits, check) -> _Found:
   """The search results that the page shows; see `build`.
 
   Args:
@@ -257,7 +255,6 @@ def _search(rows, given, most, limits, seed, check) -> _Found:
     given: [n, D] of the images to choose queries from, or None: those searched.
     most: maximum number of queries.
     limits: the size limits of the page.
-    seed: of the map.
     check: called regularly.
   """
   k, total = limits.neighbors, len(rows)
@@ -294,16 +291,15 @@ def _search(rows, given, most, limits, seed, check) -> _Found:
       nearest[i], similarity[i] = number[row].tolist(), values.tolist()
   crowd = [float(np.mean(values[:neighbors.CROWD])) for values in similarity[:len(base)]]
   outliers = [(int(i), crowd[i]) for i in np.argsort(crowd, kind='stable')[:limits.outliers]]
-  mapped = rows[shown] if given is None else np.concatenate([rows[shown], given[chosen]])
   return _Found(shown, chosen, queries, nearest, similarity, None if all_shown else queries,
-                threshold, outliers, projection.project(mapped, seed))
+                threshold, outliers)
 
 
-def _content(searched, asked, found, sources) -> dict[str, Any]:
+def _content(searched, asked, found, place, sources) -> dict[str, Any]:
   """The content of data.js."""
   labels = [np.full(len(source), -1) if source.labels is None else source.labels
             for source in sources]
-  x, y = found.place.round(4).T.tolist()
+  x, y = place.round(4).T.tolist()
   return {
       'id': hashlib.sha256(searched.title.partition(',')[0].encode()).hexdigest()[:16],
       'title': searched.title, 'queried': asked.title,

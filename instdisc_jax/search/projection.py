@@ -4,8 +4,11 @@ UMAP if it is installed (`pip install umap-learn`), else scikit-learn's t-SNE, o
 the two largest principal components.
 """
 
+import hashlib
 import importlib
 import importlib.util
+import os
+import pathlib
 from typing import Any
 
 from jaxtyping import Float
@@ -16,6 +19,31 @@ import threadpoolctl
 _FEW = 10  # rows up to which principal components are all there is to see
 _MOST_TSNE = 10_000  # rows, minutes of work
 _DIMENSIONS = 50  # that t-SNE starts from
+
+
+def project_once(embedding: Float[np.ndarray, 'N D'], seed: int,
+                 folder: pathlib.Path | None) -> Float[np.ndarray, 'N 2']:
+  """`project`, whose result is kept in a folder for the next call with the same arguments.
+
+  Args:
+    embedding: [N, D] unit-norm.
+    seed: of the random numbers.
+    folder: where it is kept; created if needed. None: nowhere.
+  """
+  if folder is None:
+    return project(embedding, seed)
+  content = hashlib.sha256(f'{seed} {_has_umap()} {embedding.shape}'.encode())
+  content.update(np.asarray(embedding, np.float32).tobytes())
+  file = folder / f'{content.hexdigest()[:16]}.npy'
+  try:
+    return np.load(file)
+  except (OSError, ValueError):
+    place = project(embedding, seed)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = file.with_suffix(f'.{os.getpid()}.partial.npy')
+  np.save(partial, place)
+  os.replace(partial, file)
+  return place
 
 
 def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndarray, 'N 2']:
@@ -30,7 +58,7 @@ def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndar
     return np.zeros((1, 2), np.float32)
   if count <= _FEW:
     place = _components(embedding, 2, seed)
-  elif importlib.util.find_spec('umap') is not None:
+  elif _has_umap():
     umap: Any = importlib.import_module('umap')
     place = umap.UMAP(metric='cosine', random_state=seed, n_jobs=1,
                       n_neighbors=min(15, count - 1)).fit_transform(embedding)
@@ -43,6 +71,10 @@ def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndar
   place = np.asarray(place, np.float32)
   place -= place.mean(axis=0)
   return place / max(float(place.std(axis=0).max()), 1e-12)
+
+
+def _has_umap():
+  return importlib.util.find_spec('umap') is not None
 
 
 def _components(embedding, most, seed):

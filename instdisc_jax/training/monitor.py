@@ -23,7 +23,7 @@ from instdisc_jax.training.plan import Plan
 from instdisc_jax.training.state import SPECS, Setup, TrainState
 
 _NONE = 2**31 - 1  # instead of a row
-_DAY = 24 * 3600.0  # seconds
+_DAY, _WORTH_A_GPU = 24 * 3600.0, 600.0  # seconds left
 _COLLAPSED = 0.99  # norm of the mean embedding above which an encoder counts as collapsed
 
 
@@ -106,6 +106,9 @@ class Monitor:
       parts = [self._costs.utilization(rate / self._batch_size),
                f'{metrics.duration(left)} left for {self._plan.end - dispatch.step:,} steps']
       self._progress.print(f'the first steps: {", ".join(filter(None, parts))}')
+      if left > _WORTH_A_GPU and self._on_cpu and (
+          there := self._costs.on_a_gpu(self._plan.end - dispatch.step)):
+        self._progress.print(there)
       if left > _DAY and self._on_cpu:
         self._progress.print('that is long for a CPU: use a GPU, or set --config.minutes, or a '
                              'smaller --config.augment.size or --config.model.width')

@@ -53,7 +53,8 @@ def test_pandas_reads_the_table(tmp_path):
   found = _embedded()
   formats.write(tmp_path / 'e.parquet', found, tmp_path)
   table = pandas.read_parquet(tmp_path / 'e.parquet')
-  assert list(table) == ['path', 'index', 'label', 'embedding', 'x', 'y', 'neighbors']
+  assert list(table) == ['path', 'index', 'label', 'prediction', 'confidence', 'embedding', 'x',
+                         'y', 'neighbors']
   assert table['path'].tolist() == found.path.tolist() and table['label'].tolist() == found.label
   np.testing.assert_array_equal(np.stack(table['embedding']), found.embedding)
   assert np.isfinite(table[['x', 'y']].to_numpy()).all()
@@ -87,6 +88,24 @@ def test_the_command_writes_a_table(trained_folder, tmp_path, capsys):
   assert table['label'] == [path.split('/')[0] for path in table['path']]
 
 
+def test_predictions_stand_beside_the_embeddings(trained_folder, tmp_path, capsys):
+  parquet = pytest.importorskip('pyarrow.parquet', reason='pyarrow is not installed')
+  images, workdir, _ = trained_folder
+  known = sorted(str(file.relative_to(images)) for file in images.rglob('*.*'))[0]
+  predictions = tmp_path / 'predictions.csv'
+  predictions.write_text(f'path,label,confidence\n{known},"a, b",0.75\n')
+  for name in ('a.npy', 'a.parquet'):
+    assert embed.main([f'--workdir={workdir}', f'--images={images}', f'--output={tmp_path / name}',
+                       f'--predictions={predictions}']) == 0
+  table = parquet.read_table(tmp_path / 'a.parquet').to_pylist()
+  for row, line in zip(table, _rows(tmp_path / 'a.csv'), strict=True):
+    expected = ('a, b', 0.75) if row['path'] == known else (None, None)
+    assert (row['prediction'], row['confidence']) == expected
+    assert (line['prediction'], line['confidence']) == tuple(
+        '' if value is None else str(value) for value in expected)
+  assert [row['path'] for row in table].count(known) == 1
+
+
 @pytest.mark.parametrize('suffix', ['.parquet', '.faiss'])
 def test_a_missing_package_is_a_user_error(tmp_path, monkeypatch, suffix):
   def absent(name):
@@ -102,6 +121,16 @@ def test_a_map_has_a_place_for_every_image(n):
   assert place.shape == (n, 2) and np.isfinite(place).all()
   if n > 2:
     assert place.std(axis=0).max() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_map_is_computed_once(tmp_path, monkeypatch):
+  embedding = _embedded().embedding
+  first = projection.project_once(embedding, 0, tmp_path / 'maps')
+  np.testing.assert_array_equal(first, projection.project(embedding, 0))
+  monkeypatch.setattr(projection, 'project', lambda embedding, seed: np.full((60, 2), seed))
+  np.testing.assert_array_equal(projection.project_once(embedding, 0, tmp_path / 'maps'), first)
+  assert (projection.project_once(embedding[::-1], 0, tmp_path / 'maps') == 0).all()
+  assert (projection.project_once(embedding, 1, tmp_path / 'maps') == 1).all()
 
 
 def test_a_map_keeps_clusters_together():

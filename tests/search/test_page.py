@@ -247,7 +247,7 @@ def big_page(tmp_path_factory):
   vectors[11:14], vectors[3017] = vectors[10], vectors[40]  # duplicates, and a leak
   model = types.SimpleNamespace(
       dataset=dataset, labels=labels[:3000], class_names=dataset.class_names, was_trained=True,
-      config=types.SimpleNamespace(seed=0), workdir='w', step=1234,
+      config=types.SimpleNamespace(seed=0), workdir='w', maps=None, step=1234,
       fresh=lambda source: vectors[:3000] if source is dataset.train else vectors[3000:])
   folder = tmp_path_factory.mktemp('big') / 'page'
   assert page_lib.build(model, folder, preemption.Watch()) == page_lib.Built(1000, 3000, 3000)

@@ -111,11 +111,12 @@ def test_the_time_left_is_told_after_the_first_steps(make_monitor, capsys, monke
   now = types.SimpleNamespace(seconds=0.0)
   monkeypatch.setattr(time, 'monotonic', lambda: now.seconds)
   monitor = make_monitor()
-  compiled = jax.jit(jnp.sin).lower(1.0).compile()
+  compiled = jax.jit(jnp.matmul).lower(jnp.ones((8, 8)), jnp.ones((8, 8))).compile()
   monitor.compiled(profiling.Costs(compiled, 1.0, jax.devices()[0]))
   monitor.settle(_dispatch(1, [1.0]))
   now.seconds += 86_400.0
   monitor.settle(_dispatch(2, [1.0]))
   said = capsys.readouterr().out
   assert '10 days left for 10 steps' in said
+  assert 'a GPU would take about 1 s for them, if images are read as fast (modeled: ' in said
   assert 'that is long for a CPU: use a GPU, or set --config.minutes' in said
