@@ -28,7 +28,7 @@ def central_box(height: int, width: int, side: int) -> tuple[int, int, int, int]
   return (height - edge) // 2, (width - edge) // 2, edge, edge
 
 
-def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: int, width: int, *,
+def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: Any, width: Any, *,
               crop_scale: tuple[float, float],
               crop_ratio: tuple[float, float]) -> Int[np.ndarray | Array, 'B 4']:
   """Boxes of random area, aspect ratio and position, inside the image.
@@ -36,8 +36,8 @@ def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: int, width: i
   Args:
     draws: [B, at least DRAWS] uniform in [0, 1): area and log aspect ratio of each attempt, then
       the vertical and horizontal position.
-    height: H.
-    width: W.
+    height: H, or [B] heights, of the images.
+    width: W, or [B].
     crop_scale: (smallest, largest) share of the area that a crop covers.
     crop_ratio: (smallest, largest) width over height of a crop.
 
@@ -47,16 +47,18 @@ def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: int, width: i
   xp: Any = np if isinstance(draws, np.ndarray) else jnp
   shape = draws[:, :2 * ATTEMPTS].reshape(-1, ATTEMPTS, 2)
   place = draws[:, 2 * ATTEMPTS:2 * ATTEMPTS + 2]
-  area = height * width * (crop_scale[0] + shape[..., 0] * (crop_scale[1] - crop_scale[0]))
+  sizes = xp.asarray(height * width, draws.dtype).reshape(-1, 1)
+  area = sizes * (crop_scale[0] + shape[..., 0] * (crop_scale[1] - crop_scale[0]))
   log_low, log_high = math.log(crop_ratio[0]), math.log(crop_ratio[1])
   ratio = xp.exp(log_low + shape[..., 1] * (log_high - log_low))
   w = xp.round(xp.sqrt(area * ratio)).astype(xp.int32)
   h = xp.round(xp.sqrt(area / ratio)).astype(xp.int32)
-  fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+  column = lambda x: np.reshape(x, (-1, 1))
+  fits = (w > 0) & (w <= column(width)) & (h > 0) & (h <= column(height))
   first = xp.argmax(fits, axis=1)[:, None]
   pick = lambda x: xp.take_along_axis(x, first, axis=1)[:, 0]
-  fallback_w = min(width, round(height * crop_ratio[1]))
-  fallback_h = min(height, round(width / crop_ratio[0]))
+  fallback_w = np.minimum(width, np.round(np.multiply(height, crop_ratio[1])).astype(np.int32))
+  fallback_h = np.minimum(height, np.round(np.divide(width, crop_ratio[0])).astype(np.int32))
   any_fits = fits.any(axis=1)
   w = xp.where(any_fits, pick(w), fallback_w)
   h = xp.where(any_fits, pick(h), fallback_h)

@@ -385,9 +385,9 @@ class _Named(images_lib.Images):
   def name(self, i):
     return '' if self.names is None else self.names[i]
 
-  def _read(self, i, convert):
+  def _read(self, i, read):
     try:
-      return super()._read(i, convert)
+      return super()._read(i, read)
     except images_lib.UnreadableImage as e:
       raise images_lib.UnreadableImage(e.found) from e
 

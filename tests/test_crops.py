@@ -40,6 +40,18 @@ def test_a_crop_that_never_fits_is_the_largest_central_one():
   np.testing.assert_array_equal(box[0], [0, 16, 20, 27])  # torchvision: 27 = round(20 · 4/3)
 
 
+def test_images_of_several_sizes_have_the_boxes_that_each_has_alone():
+  random = np.random.default_rng(0)
+  drawn = random.random((500, crops.DRAWS), np.float32)
+  sizes = random.integers(1, 600, (500, 2)).astype(np.int32)
+  crop = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))
+  alone = [crops.draw_crop(draws[None], int(h), int(w), **crop)[0]
+           for draws, (h, w) in zip(drawn, sizes)]
+  together = crops.draw_crop(drawn, *sizes.T, **crop)
+  assert together.dtype == np.int32
+  np.testing.assert_array_equal(together, alone)
+
+
 def test_the_host_draws_the_crops_of_the_device():
   drawn = threefry.uniform(0, (1, np.arange(2000), np.arange(2000)), crops.DRAWS)
   crop = dict(crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3))

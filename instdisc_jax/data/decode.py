@@ -11,8 +11,9 @@ Truncated files, files that are not images, floating-point images and images of 
 pixels are rejected.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
+import dataclasses
 import io
 from typing import Any
 import warnings
@@ -56,56 +57,76 @@ def decode(data: Any) -> UInt8[np.ndarray, 'H W 3']:
   """
   if isinstance(data, np.ndarray):
     return data
-  _, turn, plain = _open(data)
-  return np.ascontiguousarray(turn(_pixels(data, plain, 1)))
+  return np.ascontiguousarray(open_image(data).pixels())
 
 
-def size(data: Any) -> tuple[int, int]:
-  """(H, W) of an image, from the header of its file; raises `UnreadableError`."""
-  return data.shape[:2] if isinstance(data, np.ndarray) else _open(data)[0]
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """An image whose header was read, and whose pixels are decoded when they are needed.
+
+  Attributes:
+    size: (H, W), upright.
+    data: the bytes of its file, or the image itself as an array.
+    turn: turns the stored pixels upright.
+    jpeg: (height, width) as stored, if it is a gray or color JPEG; else None.
+    image: PIL's image, if PIL has opened it.
+  """
+  size: tuple[int, int]
+  data: Any
+  turn: Callable = lambda x: x
+  jpeg: tuple[int, int] | None = None
+  image: Any = None
+
+  def view(self, box: Sequence[int], side: int) -> UInt8[np.ndarray, 'side side 3']:
+    """A part of the image, resized; decodes no more than is needed.
+
+    Args:
+      box: (top, left, height, width), in pixels.
+      side: side of the view in pixels.
+
+    Returns:
+      [side, side, 3] uint8.
+
+    Raises:
+      UnreadableError: it cannot be decoded, or is rejected.
+    """
+    if isinstance(self.data, np.ndarray):
+      return _cut(self.data, box, side)
+    shrink = 1
+    while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
+      shrink *= 2
+    pixels = self.pixels(shrink)
+    shrunk = round(self.size[0] / pixels.shape[0])  # not every format is decoded at reduced size
+    if shrunk > 1:
+      box = [x / shrunk for x in box]  # now fractional; the last pixels may be half outside
+    return _cut(pixels, box, side)
+
+  def pixels(self, shrink: int = 1) -> UInt8[np.ndarray, 'h w 3']:
+    """All of it, upright, at 1 / `shrink` of its size if the format allows that."""
+    return self.turn(_pixels(self, shrink))
 
 
-def view(data: Any, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side side 3']:
-  """A part of an image, resized; decodes no more than is needed.
+def open_image(data: Any) -> Opened:
+  """An image by its header; raises `UnreadableError`.
 
   Args:
     data: the bytes of its file, or the image itself as an array.
-    draw_box: (H, W) -> (top, left, height, width), in pixels.
-    side: side of the view in pixels.
-
-  Returns:
-    [side, side, 3] uint8.
-
-  Raises:
-    UnreadableError: it cannot be decoded, or is rejected.
   """
   if isinstance(data, np.ndarray):
-    return _cut(data, draw_box(*data.shape[:2]), side)
-  (height, width), turn, plain = _open(data)
-  box = draw_box(height, width)
-  shrink = 1
-  while shrink < 8 and min(box[2:]) >= 2 * shrink * side:
-    shrink *= 2
-  pixels = turn(_pixels(data, plain, shrink))
-  shrunk = round(height / pixels.shape[0])  # not every format can be decoded at reduced size
-  if shrunk > 1:
-    box = tuple(x / shrunk for x in box)  # now fractional; the last pixels may be half outside
-  return _cut(pixels, box, side)
-
-
-def _open(data) -> tuple[tuple[int, int], Callable, bool]:
-  """(upright (H, W), function that turns pixels upright, whether it is a gray or color JPEG)."""
+    return Opened(data.shape[:2], data)
   import simplejpeg  # not needed for images in memory
 
   height = width = 0
+  jpeg = image = None
   try:
     header: Any = simplejpeg.decode_jpeg_header(data)
     height, width, colors, _ = header
-    plain = colors in ('YCbCr', 'RGB', 'Gray')
+    if colors in ('YCbCr', 'RGB', 'Gray'):
+      jpeg = height, width
   except ValueError:
-    plain = False
+    pass
   orientation = 1
-  if not plain or _has_exif(data):
+  if jpeg is None or _has_exif(data):
     image = _pil(data)
     width, height = image.size
     if image.format != 'PNG' or 'exif' in image.info:  # for a PNG, PIL would decode it to find EXIF
@@ -115,7 +136,7 @@ def _open(data) -> tuple[tuple[int, int], Callable, bool]:
     raise UnreadableError(f'has {height} x {width} pixels, more than {MOST_PIXELS:,}')
   if orientation in (5, 6, 7, 8):
     height, width = width, height
-  return (height, width), _UPRIGHT.get(orientation, lambda x: x), plain
+  return Opened((height, width), data, _UPRIGHT.get(orientation, lambda x: x), jpeg, image)
 
 
 def _has_exif(jpeg):
@@ -139,18 +160,17 @@ def _pil(data):
     raise UnreadableError(reason) from None
 
 
-def _pixels(data, plain, shrink):
+def _pixels(opened, shrink):
   """The stored pixels as [H, W, 3] uint8, at 1 / `shrink` of the size if the format allows it."""
-  if plain:
+  if opened.jpeg is not None:
     import simplejpeg  # as above
-    header: Any = simplejpeg.decode_jpeg_header(data)
-    height, width, _, _ = header
+    height, width = opened.jpeg
     try:
-      return simplejpeg.decode_jpeg(data, min_height=-(-height // shrink),
+      return simplejpeg.decode_jpeg(opened.data, min_height=-(-height // shrink),
                                     min_width=-(-width // shrink), min_factor=shrink)
     except ValueError:
       pass  # the fault may be harmless: PIL decides
-  image = _pil(data)
+  image = opened.image or _pil(opened.data)
   try:
     image.draft('RGB', tuple(-(-side // shrink) for side in image.size))
     image.load()

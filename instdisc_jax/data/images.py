@@ -3,8 +3,9 @@
 The position of an image in its source, 0..N-1, is its index and its row in the memory bank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -50,19 +51,40 @@ class Images:
 
   def full(self, i: int) -> UInt8[np.ndarray, 'H W 3']:
     """Image i at its own size; raises `UnreadableImage`."""
-    return self._read(i, decode.decode)
+    return self._read(i, lambda: decode.decode(self.files[i]))
 
-  def view(self, i: int, draw_box: Callable, side: int) -> UInt8[np.ndarray, 'side side 3']:
-    """A view of image i, see `decode.view`; raises `UnreadableImage`."""
-    return self._read(i, lambda data: decode.view(data, draw_box, side))
+  def views(self, index: Int[np.ndarray, ' b'], draw_boxes: Callable,
+            side: int) -> Iterator[UInt8[np.ndarray, 'side side 3']]:
+    """Parts of some images, resized.
+
+    Args:
+      index: [b] the images.
+      draw_boxes: (H [b], W [b]) -> [b, 4] boxes (top, left, height, width), in pixels.
+      side: side of the views in pixels.
+
+    Yields:
+      A view of each image.
+
+    Raises:
+      UnreadableImage: one of them cannot be read.
+    """
+    opened = [self._read(i, lambda i=i: decode.open_image(self.files[i])) for i in index]
+    boxes = draw_boxes(*np.array([image.size for image in opened], np.int32).T).tolist()
+    for i, image, box in zip(index, opened, boxes):
+      yield self._read(i, functools.partial(image.view, box, side))
 
   def central(self, i: int, side: int) -> UInt8[np.ndarray, 'side side 3']:
     """The view of image i that evaluation uses, see `crops.central_box`."""
-    return self.view(i, lambda height, width: crops.central_box(height, width, side), side)
+    def read():
+      image = decode.open_image(self.files[i])
+      return image.view(crops.central_box(*image.size, side), side)
 
-  def _read(self, i, convert):
+    return self._read(i, read)
+
+  def _read(self, i, read):
+    """`read()`, whose errors name image i."""
     try:
-      return convert(self.files[i])
+      return read()
     except (OSError, decode.UnreadableError) as e:
       raise UnreadableImage(
           f'{self.name(i)} {_why(e)}', setting='dataset.on_unreadable',

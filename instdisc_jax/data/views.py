@@ -83,12 +83,8 @@ class Crop:
                index: Int[np.ndarray, ' b']) -> UInt8[np.ndarray, 'b side side 3']:
     """The crops of the images `index` at the places `place`; raises `errors.UserError`."""
     drawn = threefry.uniform(self.seed, (threefry.AUGMENT, place, index), crops.DRAWS)
-    views = np.empty((len(index), self.side, self.side, 3), np.uint8)
-    for view, numbers, i in zip(views, drawn, index):
-      box = lambda height, width: crops.draw_crop(
-          numbers[None], height, width, crop_scale=self.scale, crop_ratio=self.ratio)[0].tolist()
-      view[...] = images.view(i, box, self.side)
-    return views
+    boxes = functools.partial(crops.draw_crop, drawn, crop_scale=self.scale, crop_ratio=self.ratio)
+    return np.stack(list(images.views(index, boxes, self.side)))
 
 
 def central(config: config_lib.Config, images: UInt8[Array, 'B H W 3'],

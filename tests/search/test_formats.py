@@ -1,4 +1,7 @@
 import csv
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,6 +76,26 @@ def test_the_table_s_embeddings_have_a_fixed_size(tmp_path):
     schema = parquet.read_schema(tmp_path / 'e.parquet')
     assert str(schema.field('embedding').type).startswith('fixed_size_list<element: float>[16]')
     assert parquet.read_table(tmp_path / 'e.parquet')['label'].null_count == n
+
+
+@pytest.mark.slow
+def test_embedding_atlas_opens_the_table(tmp_path):
+  pytest.importorskip('embedding_atlas', reason='embedding-atlas is not installed')
+  pandas = pytest.importorskip('pandas', reason='pandas is not installed')
+  found = _embedded()
+  formats.write(tmp_path / 'e.parquet', found, tmp_path)
+  command = ('e.parquet --x x --y y --neighbors neighbors --text path --degree '
+             '--export-application app').split()
+  done = subprocess.run([sys.executable, '-m', 'embedding_atlas.cli', *command], cwd=tmp_path,
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  props = json.loads((tmp_path / 'app' / 'data' / 'metadata.json').read_text())['props']
+  assert props['data']['neighbors'] == 'neighbors' and props['data']['text'] == 'path'
+  table = pandas.read_parquet(tmp_path / 'app' / 'data' / 'dataset.parquet')
+  assert table['path'].tolist() == found.path.tolist()
+  assert (table['out_degree'] == 14).all()  # its own reading of the neighbors, without the image
+  near = np.argsort(-found.embedding @ found.embedding.T, axis=1)[:, 1:15]
+  np.testing.assert_array_equal(table['in_degree'], np.bincount(near.ravel(), minlength=60))
 
 
 def test_the_command_writes_a_table(trained_folder, tmp_path, capsys):

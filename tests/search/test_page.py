@@ -14,7 +14,7 @@ from instdisc_jax import convert, data, inference, retrieve
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors, preemption
 from instdisc_jax.runtime import workdir as workdir_lib
-from instdisc_jax.search import labeling
+from instdisc_jax.search import labeling, projection
 from instdisc_jax.search import page as page_lib
 from tests.conftest import write_images
 
@@ -250,7 +250,9 @@ def big_page(tmp_path_factory):
       config=types.SimpleNamespace(seed=0), workdir='w', maps=None, step=1234,
       fresh=lambda source: vectors[:3000] if source is dataset.train else vectors[3000:])
   folder = tmp_path_factory.mktemp('big') / 'page'
-  assert page_lib.build(model, folder, preemption.Watch()) == page_lib.Built(1000, 3000, 3000)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(projection, '_MOST_TSNE', 1000)  # it would take most of the time
+    assert page_lib.build(model, folder, preemption.Watch()) == page_lib.Built(1000, 3000, 3000)
   return folder
 
 
