@@ -2,7 +2,7 @@
 
     python -m instdisc_jax.main --config=configs/digits.py --workdir=runs/demo
 
-Cost: 100 epochs, 1,014 steps; 2 minutes. Result, kNN top-1 for seed 0: 0.816, against 0.636 for raw
+Cost: 100 epochs, 1,014 steps; 2 minutes. Result, kNN top-1 for seed 0: 0.836, against 0.636 for raw
 pixels and 0.392 untrained.
 
 A narrow ResNet-10 with the ImageNet stem: the digits are enlarged 8x8 drawings, so its early
