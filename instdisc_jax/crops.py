@@ -28,7 +28,8 @@ def central_box(height: int, width: int, side: int) -> tuple[int, int, int, int]
   return (height - edge) // 2, (width - edge) // 2, edge, edge
 
 
-def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: Any, width: Any, *,
+def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: int | Int[np.ndarray, ' B'],
+              width: int | Int[np.ndarray, ' B'], *,
               crop_scale: tuple[float, float],
               crop_ratio: tuple[float, float]) -> Int[np.ndarray | Array, 'B 4']:
   """Boxes of random area, aspect ratio and position, inside the image.
@@ -47,13 +48,13 @@ def draw_crop(draws: Float[np.ndarray | Array, 'B draws'], height: Any, width: A
   xp: Any = np if isinstance(draws, np.ndarray) else jnp
   shape = draws[:, :2 * ATTEMPTS].reshape(-1, ATTEMPTS, 2)
   place = draws[:, 2 * ATTEMPTS:2 * ATTEMPTS + 2]
-  sizes = xp.asarray(height * width, draws.dtype).reshape(-1, 1)
-  area = sizes * (crop_scale[0] + shape[..., 0] * (crop_scale[1] - crop_scale[0]))
+  column = lambda x: np.reshape(x, (-1, 1))
+  area = xp.asarray(column(height * width), draws.dtype) * (
+      crop_scale[0] + shape[..., 0] * (crop_scale[1] - crop_scale[0]))
   log_low, log_high = math.log(crop_ratio[0]), math.log(crop_ratio[1])
   ratio = xp.exp(log_low + shape[..., 1] * (log_high - log_low))
   w = xp.round(xp.sqrt(area * ratio)).astype(xp.int32)
   h = xp.round(xp.sqrt(area / ratio)).astype(xp.int32)
-  column = lambda x: np.reshape(x, (-1, 1))
   fits = (w > 0) & (w <= column(width)) & (h > 0) & (h <= column(height))
   first = xp.argmax(fits, axis=1)[:, None]
   pick = lambda x: xp.take_along_axis(x, first, axis=1)[:, 0]

@@ -130,7 +130,7 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
 def _timed(config, stored, dataset, mesh, within_epochs):
   """The configuration with the steps that `config.minutes` allow, or those of the resumed run.
 
-  `within_epochs`: and no more than complete its epochs.
+  `within_epochs`: at most those of its epochs.
   """
   num_rows = len(dataset.train)
   steps = stored.get('steps') if stored.get('minutes') == config.minutes else None

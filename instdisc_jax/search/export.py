@@ -68,11 +68,10 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
            lambda part, embedding: _on_first(output, lambda: parts.write(part, embedding)))
   label = (None if source.labels is None or class_names is None
            else [class_names[i] for i in source.labels])
-  maps = model.maps
 
   def combine():
     found = formats.Embedded(np.array(source.names), parts.read(), index, label, predictions or {})
-    formats.write(output, found, parts.folder, maps)
+    formats.write(output, found, parts.folder, model.maps)
     parts.remove()
 
   _on_first(output, combine)

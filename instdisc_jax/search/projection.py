@@ -7,7 +7,7 @@ the two largest principal components.
 import hashlib
 import importlib
 import importlib.util
-import os
+import io
 import pathlib
 from typing import Any
 
@@ -15,6 +15,8 @@ from jaxtyping import Float
 import numpy as np
 from sklearn import decomposition, manifold
 import threadpoolctl
+
+from instdisc_jax.runtime import files
 
 _FEW = 10  # rows up to which principal components are all there is to see
 _MOST_TSNE = 10_000  # rows, minutes of work
@@ -32,17 +34,17 @@ def project_once(embedding: Float[np.ndarray, 'N D'], seed: int,
   """
   if folder is None:
     return project(embedding, seed)
-  content = hashlib.sha256(f'{seed} {_has_umap()} {embedding.shape}'.encode())
-  content.update(np.asarray(embedding, np.float32).tobytes())
-  file = folder / f'{content.hexdigest()[:16]}.npy'
+  identity = hashlib.sha256(f'{seed} {_has_umap()} {embedding.shape}'.encode())
+  identity.update(np.asarray(embedding, np.float32).tobytes())
+  file = folder / f'{identity.hexdigest()[:16]}.npy'
   try:
     return np.load(file)
   except (OSError, ValueError):
     place = project(embedding, seed)
   folder.mkdir(parents=True, exist_ok=True)
-  partial = file.with_suffix(f'.{os.getpid()}.partial.npy')
-  np.save(partial, place)
-  os.replace(partial, file)
+  content = io.BytesIO()
+  np.save(content, place)
+  files.write(file, content.getvalue())
   return place
 
 

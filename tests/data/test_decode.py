@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 import pytest
 
-from instdisc_jax.data import decode
+from instdisc_jax.data import Images, decode
 
 SMOOTH = np.asarray(Image.fromarray(np.random.default_rng(0).integers(
     0, 256, (12, 16, 3), dtype=np.uint8)).resize((400, 300), Image.Resampling.BICUBIC))
@@ -53,8 +53,16 @@ def test_a_view_is_what_pil_crops_and_resizes(box, side, kind):
   np.testing.assert_allclose(decode.open_image(_pil(data)).view(box, side), found, atol=12)
 
 
-def test_the_size_is_that_of_the_upright_image():
-  assert decode.open_image(_file(SMOOTH, 'JPEG', exif=_orientation(6))).size == (400, 300)
+def test_boxes_are_drawn_for_the_upright_images():
+  asked, files = [], [_file(SMOOTH, 'JPEG', exif=_orientation(6)), _file(SMOOTH, 'PNG')]
+  draw = lambda *sizes: asked.append(np.transpose(sizes).tolist()) or np.full((2, 4), 100)
+  views = list(Images(files, None, '').views(np.arange(2), draw, 32))
+  assert asked == [[[400, 300], [300, 400]]] and [view.shape for view in views] == [(32, 32, 3)] * 2
+
+
+def _whole_view(data):
+  image = decode.open_image(data)
+  return image.view((0, 0, *image.size), 8)
 
 
 def _orientation(value):
@@ -123,6 +131,6 @@ def _png_head(height, width):
     (_png_head(30_000, 30_000), 'Image size .* exceeds limit'),
 ], ids=range(9))
 def test_what_is_not_a_usable_image_is_refused(data, message):
-  for read in (decode.decode, lambda data: decode.open_image(data).view((0, 0, 16, 16), 8)):
+  for read in (decode.decode, _whole_view):
     with pytest.raises(decode.UnreadableError, match=message):
       read(data)

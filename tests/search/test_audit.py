@@ -7,38 +7,12 @@ import pytest
 from instdisc_jax import audit as command
 from instdisc_jax.runtime import errors
 from instdisc_jax.search import audit
-from tests import twins
-
-D = 32
-
-
-def _near(x, random, noise):
-  """Unit vectors at a cosine of about 1 - noise^2 / 2 from x."""
-  moved = x + noise * twins.unit_rows(random, *x.shape)
-  return moved / np.linalg.norm(moved, axis=1, keepdims=True)
-
-
-def _planted(n=1000, groups=20, leaks=5, noise=0.1, inner=None, seed=0):
-  """(rows, queries, {groups}, {(query, row)}); the data has `inner` dimensions, or all."""
-  random = np.random.default_rng(seed)
-  turn = random.standard_normal((inner, D)) if inner else np.eye(D)
-  draw = lambda count: twins.unit_rows(random, count, inner or D) @ turn
-  unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-  rows, place, truth = unit(draw(n)), 0, set()
-  order = random.permutation(n)
-  for size in random.integers(2, 6, groups):
-    group = order[place:place + size]
-    rows[group] = _near(np.repeat(rows[group[:1]], size, axis=0), random, noise)
-    truth.add(frozenset(group.tolist()))
-    place += size
-  queries, of = unit(draw(n // 10)), random.permutation(n)[:leaks]
-  queries[:leaks] = _near(rows[of], random, noise)
-  return rows.astype('f4'), queries.astype('f4'), truth, set(zip(range(leaks), of.tolist()))
+from tests import planted
 
 
 @pytest.mark.parametrize('noise, inner', [(0.1, None), (0.02, 10), (0.001, 4)])
 def test_planted_groups_and_leaks_are_found_and_nothing_else(noise, inner):
-  rows, queries, truth, leaks = _planted(noise=noise, inner=inner)
+  rows, queries, truth, leaks = planted.draw(noise=noise, inner=inner)
   found = audit.examine(rows, queries)
   assert {frozenset(group) for group in found.groups} == truth
   assert {(i, j) for i, j, _ in found.leaks} >= leaks
@@ -49,13 +23,13 @@ def test_planted_groups_and_leaks_are_found_and_nothing_else(noise, inner):
 @pytest.mark.parametrize('inner', [None, 10, 4])
 @pytest.mark.parametrize('seed', range(3))
 def test_without_duplicates_there_is_no_group(inner, seed):
-  rows, queries, _, _ = _planted(groups=0, leaks=0, inner=inner, seed=seed)
+  rows, queries, _, _ = planted.draw(groups=0, leaks=0, inner=inner, seed=seed)
   found = audit.examine(rows, queries)
   assert found.groups == [] and found.leaks == [] and found.threshold > found.similarity.max()
 
 
 def test_outliers_equal_brute_force():
-  rows, _, _, _ = _planted(n=203)
+  rows, _, _, _ = planted.draw(n=203)
   scores = rows.astype('f8') @ rows.T.astype('f8')
   np.fill_diagonal(scores, -np.inf)
   best = np.sort(scores, axis=1)[:, :-6:-1]
@@ -65,7 +39,7 @@ def test_outliers_equal_brute_force():
 
 
 def test_a_given_threshold_is_used_and_the_largest_file_kept():
-  rows, _, truth, _ = _planted(n=203, groups=3)
+  rows, _, truth, _ = planted.draw(n=203, groups=3)
   sizes = np.arange(203)
   for threshold in (0.97, 1.0 + 1e-5):
     found = audit.examine(rows, threshold=threshold, sizes=sizes)
@@ -75,7 +49,7 @@ def test_a_given_threshold_is_used_and_the_largest_file_kept():
 
 
 def test_a_set_of_copies_is_one_group():
-  rows = np.tile(np.eye(1, D, dtype='f4'), (50, 1))
+  rows = np.tile(np.eye(1, 32, dtype='f4'), (50, 1))
   assert audit.examine(rows).groups == [list(range(50))]
 
 
@@ -111,7 +85,7 @@ def test_the_command_examines_a_run_s_own_images(trained_folder, tmp_path, capsy
 
 
 def test_a_file_in_the_way_is_a_user_error(tmp_path):
-  rows, _, _, _ = _planted(n=203, groups=0)
+  rows, _, _, _ = planted.draw(n=203, groups=0)
   (tmp_path / 'out').write_text('')
   with pytest.raises(errors.UserError, match='cannot be written'):
     audit.write(tmp_path / 'out', audit.examine(rows), list(map(str, range(203))))
