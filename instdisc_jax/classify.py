@@ -64,8 +64,9 @@ def _show(found, output):
   print(f'{output}: {found.num_images:,} images, {len(fitted.label):,} of them labeled, '
         f'{len(fitted.class_names)} classes; {found.num_unknown:,} are like no labeled one')
   curve = ''.join(f', {accuracy:.3f} with {count}' for count, accuracy in reversed(found.curve))
-  print(f'accuracy by leave-one-out: {fitted.accuracy:.3f} with {len(fitted.label)} labels{curve}; '
-        f'the confidence is off by {fitted.calibration_error:.3f} on average')
+  print(f'accuracy by leave-one-out: {fitted.accuracy:.3f} with {len(fitted.label)} labels '
+        f'(raw pixels: {found.pixels:.3f}){curve}; the confidence is off by '
+        f'{fitted.calibration_error:.3f} on average')
   if found.suggested:
     print(f'{labeling.suggestions(output)}: {len(found.suggested)} images worth labeling next, '
           f"the first '{found.suggested[0]}'")

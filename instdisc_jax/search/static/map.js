@@ -2,7 +2,7 @@
 // The map: every image at its place in a projection to two dimensions, on a canvas.
 
 const map = (() => {
-  const MOST_PICTURES = 200, MOST_DISCS = 4000;  // in sight; beyond, points are single pixels
+  const MOST_PICTURES = 200, MOST_DISCS = 3000;  // in sight; beyond, points are single pixels
   const PICTURE = 44, REACH = 14;  // in CSS pixels
   const LIGHT = [0x4477aa, 0xee6677, 0x228833, 0xccbb44, 0x66ccee, 0xaa3377, 0x994455, 0x997700,
                  0x004488, 0x77aadd, 0xee8866, 0x44bb99, 0xbbcc33, 0xaaaa00, 0xffaabb, 0x99ddff];
@@ -92,9 +92,8 @@ const map = (() => {
     else if (found.length <= MOST_DISCS) found.forEach((i) => paintDisc(i, 3.5, css(color[i])));
     const ink = variable('--ink');
     context.lineWidth = 2;
-    if (found.length > MOST_PICTURES) {
-      found.filter((i) => selected.has(i)).forEach((i) => paintRing(i, ink));
-    }
+    const chosen = found.length > MOST_PICTURES ? found.filter((i) => selected.has(i)) : [];
+    if (chosen.length <= MOST_DISCS) chosen.forEach((i) => paintRing(i, ink));
     if (cursor >= 0 && document.activeElement === canvas) paintRing(cursor, variable('--focus'), 9);
     if (lasso) {
       context.strokeStyle = ink;
@@ -105,13 +104,15 @@ const map = (() => {
     }
   }
 
-  // Squares of pixels, written into memory: 100,000 of them within a frame.
+  // Squares of pixels, written into memory: 100,000 of them within a frame. Those selected have the
+  // color of text, for there may be too many to draw a ring around each.
   function paintPixels(found) {
-    const {width, height} = canvas, image = context.getImageData(0, 0, width, height);
+    const {width, height} = canvas, image = context.createImageData(width, height);
+    const ink = parseInt(variable('--ink').trim().slice(1), 16);
     const pixels = new Uint32Array(image.data.buffer);
     const side = Math.max(1, Math.round((found.length > 30000 ? 2 : 3) * ratio));
     for (const i of found) {
-      const rgb = color[i];
+      const rgb = selected.has(i) ? ink : color[i];
       const packed = 0xff000000 | (rgb & 0xff) << 16 | rgb & 0xff00 | rgb >> 16;
       const a = Math.round(px(i) * ratio), b = Math.round(py(i) * ratio);
       if (a < 0 || b < 0 || a + side > width || b + side > height) continue;
