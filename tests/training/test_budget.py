@@ -36,6 +36,16 @@ def test_the_steps_fill_the_time_that_compilation_leaves(monkeypatch):
   assert budget.steps(config, images, mesh_lib.make(jax.devices()[:2])) == 1
 
 
+def test_the_milestones_keep_their_place_in_a_run_of_minutes(tmp_path, monkeypatch):
+  monkeypatch.setattr(budget, 'steps', lambda *_: 26)
+  config = _config(1.0, milestones=(1, 2))  # of 3 epochs of 4 steps
+  with pytest.raises(errors.Stopped):
+    experiment.run(config, tmp_path, jax.devices()[:1], SignalAt(polls=1))
+  settings, _ = workdir_lib.read(tmp_path)
+  assert (settings['steps'], settings['epochs']) == (26, 7)
+  assert settings['optimizer.milestones'] == [2, 5]
+
+
 @pytest.mark.parametrize('schedule', ['milestones', 'cosine'])
 def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(tmp_path, monkeypatch, schedule):
   monkeypatch.setattr(budget, 'steps', lambda *_: 10)
