@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from instdisc_jax import embed
@@ -96,6 +97,32 @@ def test_embedding_atlas_opens_the_table(tmp_path):
   assert (table['out_degree'] == 14).all()  # its own reading of the neighbors, without the image
   near = np.argsort(-found.embedding @ found.embedding.T, axis=1)[:, 1:15]
   np.testing.assert_array_equal(table['in_degree'], np.bincount(near.ravel(), minlength=60))
+
+
+@pytest.mark.slow
+def test_fiftyone_opens_the_table(tmp_path):
+  fiftyone = pytest.importorskip('fiftyone', reason='FiftyOne is not installed')
+  brain = pytest.importorskip('fiftyone.brain', reason='FiftyOne is not installed')
+  pandas = pytest.importorskip('pandas', reason='pandas is not installed')
+  found = _embedded()
+  for path in found.path:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8)).save(tmp_path / path)
+  formats.write(tmp_path / 'e.parquet', found, tmp_path)
+  table = pandas.read_parquet(tmp_path / 'e.parquet')
+  try:
+    dataset = fiftyone.Dataset.from_images([str(tmp_path / path) for path in table['path']])
+  except fiftyone.core.config.FiftyOneConfigError:
+    pytest.skip('FiftyOne has no MongoDB: set FIFTYONE_DATABASE_URI')
+  brain.compute_visualization(dataset, points=table[['x', 'y']].to_numpy(), brain_key='map')
+  brain.compute_similarity(dataset, embeddings=np.stack(table['embedding']), backend='sklearn',
+                           brain_key='like')
+  places = dataset.load_brain_results('map').points
+  np.testing.assert_allclose(places, table[['x', 'y']].to_numpy())
+  near = dataset.sort_by_similarity(dataset.first().id, k=5, brain_key='like')
+  expected = np.argsort(-found.embedding @ found.embedding[0])[:5]
+  assert {sample.filepath for sample in near} == {str(tmp_path / found.path[i]) for i in expected}
+  dataset.delete()
 
 
 def test_the_command_writes_a_table(trained_folder, tmp_path, capsys):

@@ -114,6 +114,16 @@ def test_a_page_of_many_images_has_some_and_the_nearest_of_its_queries_among_all
   assert len(page['outliers']) == 3 and len(page['x']) == page['trained'] + 2
 
 
+def test_a_page_that_is_cut_says_so(trained, tmp_path, monkeypatch, capsys):
+  limits, build = page_lib.Limits(shown=50), page_lib.build
+  monkeypatch.setattr(page_lib, 'build', lambda *args, **kwargs: build(
+      *args, limits=limits, **kwargs))
+  assert _make(('workdir', trained[0]), ('output', tmp_path / 'page'), ('queries', 2)) == 0
+  shown = _page(tmp_path / 'page')['trained']
+  assert (f'the page shows {shown} of 128 images, evenly spread; its queries have their nearest '
+          'among all of them, and audit examines them all') in capsys.readouterr().err
+
+
 def test_without_held_out_images_the_queries_are_training_images(trained, tmp_path, monkeypatch):
   model = instdisc_jax.load(trained[0])
   monkeypatch.setattr(inference.Model, 'dataset', dataclasses.replace(model.dataset, test=None))
