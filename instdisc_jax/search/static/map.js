@@ -2,7 +2,7 @@
 // The map: every image at its place in a projection to two dimensions, on a canvas.
 
 const map = (() => {
-  const MOST_PICTURES = 200, MOST_DISCS = 3000;  // in sight; beyond, points are single pixels
+  const MOST_PICTURES = 200, MOST_DISCS = 3000;  // in sight; beyond, points are small squares
   const PICTURE = 44, REACH = 14;  // in CSS pixels
   const LIGHT = [0x4477aa, 0xee6677, 0x228833, 0xccbb44, 0x66ccee, 0xaa3377, 0x994455, 0x997700,
                  0x004488, 0x77aadd, 0xee8866, 0x44bb99, 0xbbcc33, 0xaaaa00, 0xffaabb, 0x99ddff];
