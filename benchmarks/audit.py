@@ -25,7 +25,7 @@ LEAKS = 50
 def measure(n):
   """Examines n rows in this process."""
   from instdisc_jax.search import audit
-  rows, queries, groups, _ = planted.draw(n, n // 350, LEAKS, inner=20, dim=128)
+  rows, queries, groups, _ = planted.draw(n, n // 340, LEAKS, inner=20, dim=128)
   memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   before, start = memory(), time.perf_counter()
   found = audit.examine(rows, queries)
