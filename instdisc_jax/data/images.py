@@ -9,7 +9,7 @@ import functools
 import hashlib
 from typing import Any
 
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int8, UInt8
 import numpy as np
 
 from instdisc_jax import crops
@@ -31,12 +31,15 @@ class Images:
     fingerprint: identifies the source; a bank is only used with the data it was trained on.
     names: the name of each image, e.g. its path; or None.
     shape: (H, W, 3) if all are known to have the same size, else None.
+    tags: [N, C] int8 for images that may show several classes: 1 for those that an image shows, 0
+      for others, -1 where this does not count; or None.
   """
   files: Any
   labels: Int[np.ndarray, ' N'] | None
   fingerprint: str
   names: Sequence[str] | None = None
   shape: tuple[int, ...] | None = None
+  tags: Int8[np.ndarray, 'N C'] | None = None
 
   def __len__(self) -> int:
     return len(self.files)
@@ -128,6 +131,7 @@ class Images:
         self,
         files=self.files[chosen] if isinstance(self.files, np.ndarray) else _At(self.files, chosen),
         labels=None if self.labels is None else self.labels[chosen],
+        tags=None if self.tags is None else self.tags[chosen],
         names=None if self.names is None else [self.names[i] for i in chosen],
         fingerprint=f'{self.fingerprint}/{why}')
 

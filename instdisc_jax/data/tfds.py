@@ -32,7 +32,10 @@ KEPT_BYTES = 2**30  # splits up to this size are kept in memory, encoded
 
 def load(name: str, data_dir: str | None, held_out: str | None = None
          ) -> tuple[images.Images, images.Images | None, tuple[str, ...] | None]:
-  """Opens the training and held-out splits of a TFDS image classification set.
+  """Opens the training and held-out splits of a TFDS image set.
+
+  Images with several labels (as in PASCAL VOC) have tags; their training images are those of
+  'train' and 'validation', where there is a 'test'.
 
   Args:
     name: its name in TFDS, e.g. 'cifar10'.
@@ -45,6 +48,65 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
   Raises:
     errors.UserError: the set is unknown, cannot be prepared, or has no images.
   """
+  import tensorflow_datasets as tfds  # slow to import, and only needed here
+
+  builder = _builder(name, data_dir)
+  splits = builder.info.splits
+  if 'train' not in splits:
+    raise errors.UserError(f'tfds:{name} has the splits {sorted(splits)}', "a set with 'train'",
+                           setting='dataset.name')
+  if held_out is not None and held_out not in splits:
+    raise errors.UserError(
+        f"dataset.validation is '{held_out}'",
+        f'one of the splits {sorted(splits)} of tfds:{name}, or a share such as 0.1',
+        setting='dataset.validation')
+  held_out = held_out or next((s for s in ('test', 'validation') if s in splits), None)
+  features: Any = builder.info.features
+  if 'image' not in features or not isinstance(features['image'], tfds.features.Image):
+    raise errors.UserError(f'tfds:{name} has the features {sorted(features)}',
+                           "a set with 'image'", setting='dataset.name')
+  names = getattr(features['label'], 'names', None) if 'label' in features else None
+  train = 'train'
+  if _has_tags(features):
+    names = features['labels'].feature.names
+    if held_out == 'test' and 'validation' in splits:
+      train = 'train+validation'
+  return (_open(builder, train), _open(builder, held_out) if held_out else None,
+          tuple(names) if names else None)
+
+
+def load_objects(name: str, data_dir: str | None) -> tuple[Any, Any, tuple[str, ...]]:
+  """Opens the training and test splits of a TFDS set whose images have boxes, as PASCAL VOC has.
+
+  Args:
+    name: its name in TFDS, e.g. 'voc/2007'.
+    data_dir: where prepared data is stored; None for TFDS's own default.
+
+  Returns:
+    ((`Images`, objects) of 'train' and 'validation', the same of 'test', class names), where the
+    objects of an image are {'label': [n], 'bbox': [n, 4] top, left, bottom and right as shares of
+    the image, and perhaps 'is_difficult': [n]}.
+
+  Raises:
+    errors.UserError: the set is unknown, cannot be prepared, or has no boxes.
+  """
+  builder = _builder(name, data_dir)
+  features: Any = builder.info.features
+  splits = builder.info.splits
+  objects = getattr(features['objects'], 'feature', {}) if 'objects' in features else {}
+  if not {'label', 'bbox'} <= set(objects) or not {'train', 'test'} <= set(splits):
+    raise errors.UserError(
+        f'tfds:{name} has the features {sorted(features)} and the splits {sorted(splits)}',
+        "a set with boxes, in 'objects', and with 'train' and 'test'",
+        'set <--dataset>=tfds:voc/2007', '--dataset')
+  train = 'train+validation' if 'validation' in splits else 'train'
+  known = [(_open(builder, split), [record['objects'] for record in _source(builder, split)])
+           for split in (train, 'test')]
+  return known[0], known[1], tuple(objects['label'].names)
+
+
+def _builder(name, data_dir):
+  """The TFDS builder of a set, which is prepared if it was not."""
   import tensorflow_datasets as tfds  # slow to import, and only needed here
 
   where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)  # pyright: ignore
@@ -66,23 +128,7 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
           f'{jax.process_index()}', setting='dataset.data_dir',
           remedy='set <dataset.data_dir> to a folder that all machines share, or prepare it on '
                  'each')
-  splits = builder.info.splits
-  if 'train' not in splits:
-    raise errors.UserError(f'tfds:{name} has the splits {sorted(splits)}', "a set with 'train'",
-                           setting='dataset.name')
-  if held_out is not None and held_out not in splits:
-    raise errors.UserError(
-        f"dataset.validation is '{held_out}'",
-        f'one of the splits {sorted(splits)} of tfds:{name}, or a share such as 0.1',
-        setting='dataset.validation')
-  held_out = held_out or next((s for s in ('test', 'validation') if s in splits), None)
-  features: Any = builder.info.features
-  if 'image' not in features or not isinstance(features['image'], tfds.features.Image):
-    raise errors.UserError(f'tfds:{name} has the features {sorted(features)}',
-                           "a set with 'image'", setting='dataset.name')
-  names = getattr(features['label'], 'names', None) if 'label' in features else None
-  return (_open(builder, 'train'), _open(builder, held_out) if held_out else None,
-          tuple(names) if names else None)
+  return builder
 
 
 def prepare(builder: Any) -> None:
@@ -136,26 +182,52 @@ class Records:
     return self.source[i]['image']
 
 
-def _open(builder, split):
-  """The `Images` of a split, in record order."""
+def _source(builder, split):
+  """The records of a split, images encoded."""
   import tensorflow_datasets as tfds
 
+  return builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+
+
+def _open(builder, split):
+  """The `Images` of a split, in record order."""
   info, features = builder.info.splits[split], builder.info.features
-  source = builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+  source = _source(builder, split)
   fingerprint = f'{builder.info.full_name} {split} {list(info.shard_lengths)}'
-  files, labels = Records(source), None
+  files, labels, tags = Records(source), None, None
   with metrics.progress_bar(f'reading {split}') as progress:
-    if info.num_bytes <= KEPT_BYTES:
+    if sum(builder.info.splits[part].num_bytes for part in split.split('+')) <= KEPT_BYTES:
       records = list(progress.track(source, len(source)))
       files = [record['image'] for record in records]
       if 'label' in features:
         labels = np.array([record['label'] for record in records], np.int32)
+      elif _has_tags(features):
+        tags = _tags(records, features['labels'].feature.num_classes)
     elif 'label' in features:
       labels = _labels(source, pathlib.Path(builder.data_dir), fingerprint, progress)
+    elif _has_tags(features):
+      tags = _tags(progress.track(source, len(source)), features['labels'].feature.num_classes)
   shape = features['image'].shape
   return images.Images(
       files, labels, fingerprint,
-      shape=None if None in shape[:2] else (*shape[:2], 3))
+      shape=None if None in shape[:2] else (*shape[:2], 3), tags=tags)
+
+
+def _has_tags(features):
+  """Whether an image may have several labels."""
+  labels = features['labels'] if 'labels' in features and 'label' not in features else None
+  return hasattr(getattr(labels, 'feature', None), 'num_classes')
+
+
+def _tags(records, num_classes):
+  """[N, C] int8, see `images.Images`; classes of difficult objects alone do not count."""
+  tags = []
+  for record in records:
+    row = np.zeros(num_classes, np.int8)
+    row[list(record['labels'])] = -1 if 'labels_no_difficult' in record else 1
+    row[list(record.get('labels_no_difficult', ()))] = 1
+    tags.append(row)
+  return np.array(tags).reshape(-1, num_classes)
 
 
 def _labels(source, folder, fingerprint, progress):

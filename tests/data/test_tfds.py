@@ -10,6 +10,7 @@ import pytest
 
 from instdisc_jax import config as config_lib
 from instdisc_jax import data
+from instdisc_jax.data import scenes
 from instdisc_jax.data import tfds as tfds_lib
 from instdisc_jax.runtime import distributed, errors
 
@@ -49,6 +50,31 @@ def prepared(tmp_path_factory):
     """One channel."""
     VERSION = tfds.core.Version('1.0.0')
     channels = 1
+
+  class TinyVoc(Tiny):
+    """Images with several labels, as PASCAL VOC has them."""
+    VERSION = tfds.core.Version('1.0.0')
+    labels = [[0], [0, 1], [], [1, 2], [2], [0, 2], [1]]
+    easy = [[0], [1], [], [1, 2], [], [0, 2], [1]]  # the other labels are of difficult objects
+
+    def _info(self):
+      classes = tfds.features.Sequence(tfds.features.ClassLabel(names=['cat', 'dog', 'car']))
+      return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+          'image': tfds.features.Image(shape=(5, 6, 3)), 'labels': classes,
+          'labels_no_difficult': classes, 'objects': tfds.features.Sequence({
+              'label': classes.feature, 'bbox': tfds.features.BBoxFeature(),
+              'is_difficult': np.bool_})}))
+
+    def _split_generators(self, dl_manager):
+      return {'train': self._generate_examples(0, 3), 'test': self._generate_examples(5, 7),
+              'validation': self._generate_examples(3, 5)}
+
+    def _generate_examples(self, first, last):
+      for i in range(first, last):
+        objects = [{'label': c, 'bbox': tfds.features.BBox(0.2, 0.5, 1.0, 1.0),  # ymin, xmin, ...
+                    'is_difficult': c not in self.easy[i]} for c in self.labels[i]]
+        yield i, {'image': self.images[i], 'labels': self.labels[i],
+                  'labels_no_difficult': self.easy[i], 'objects': objects}
 
   return tmp_path_factory.mktemp('tfds'), Tiny
 
@@ -152,3 +178,39 @@ def test_cifar10():
   assert test.files.shape == (10_000, 32, 32, 3)
   np.testing.assert_array_equal(np.bincount(dataset.train.labels), 5000)
   assert dataset.class_names[3] == 'cat' and len(dataset.class_names) == 10
+
+
+def test_several_labels_are_tags_and_training_has_the_validation_images(prepared, monkeypatch):
+  data_dir, tiny = prepared
+  dataset = _load('tfds:tiny_voc', data_dir)
+  assert dataset.class_names == ('cat', 'dog', 'car') and dataset.train.labels is None
+  rows = {i: image.tobytes() for i, image in enumerate(tiny.images)}
+  expected = {rows[i]: row for i, row in enumerate([
+      (1, 0, 0), (-1, 1, 0), (0, 0, 0), (0, 1, 1), (0, 0, -1), (1, 0, 1), (0, 1, 0)])}
+  for part, count in ((dataset.train, 5), (dataset.test, 2)):
+    images = part.in_memory()
+    assert part.tags.shape == (count, 3) and part.tags.dtype == np.int8
+    assert [expected[image.tobytes()] for image in images.files] == [*map(tuple, part.tags)]
+  np.testing.assert_array_equal(dataset.train.subset(np.array([3, 1]), 'two').tags,
+                                dataset.train.tags[[3, 1]])
+  monkeypatch.setattr(tfds_lib, 'KEPT_BYTES', 0)
+  large = _load('tfds:tiny_voc', data_dir).train
+  assert isinstance(large.files, tfds_lib.Records)
+  np.testing.assert_array_equal(large.tags, dataset.train.tags)
+
+
+def test_boxes_are_read_in_pixels(prepared):
+  data_dir, tiny = prepared
+  train, test, names = scenes.load('tfds:tiny_voc', str(data_dir))
+  assert names == ('cat', 'dog', 'car') and (len(train), len(test)) == (5, 2)
+  place = {image.tobytes(): i for i, image in enumerate(tiny.images)}
+  labels = [[0], [0, 1], [], [1, 2], [2], [0, 2], [1]]
+  for part in (train, test):
+    for i, scene in enumerate(part.objects):
+      expected = labels[place[part.images.full(i).tobytes()]]
+      assert scene.classes.tolist() == expected
+      assert scene.boxes.shape == (len(expected), 4)
+      assert all(box == pytest.approx((3, 1, 6, 5)) for box in scene.boxes)  # of 5 x 6 pixels
+  assert sum(scene.difficult.sum() for scene in train.objects) == 2
+  with pytest.raises(errors.UserError, match="tfds:tiny has the features .* a set with boxes"):
+    scenes.load('tfds:tiny', str(data_dir))
