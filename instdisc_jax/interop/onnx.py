@@ -133,6 +133,18 @@ class _Graph:
   def _reduce_sum(self, inputs, params, operands, result):
     return self.node('ReduceSum', [inputs[0], np.array(params['axes'], np.int64)], keepdims=0)
 
+  def _slice(self, inputs, params, operands, result):
+    """The batch is always whole."""
+    parts = zip(params['start_indices'], params['limit_indices'],
+                params['strides'] or [1] * len(result.shape))
+    chosen = [(axis, *part) for axis, part in enumerate(parts)
+              if operands[0].shape[axis] != _BATCH]
+    axes, *parts = (np.array(part, np.int64) for part in zip(*chosen))
+    return self.node('Slice', [inputs[0], parts[0], parts[1], axes, parts[2]])
+
+  def _concatenate(self, inputs, params, operands, result):
+    return self.node('Concat', inputs, axis=params['dimension'])
+
   def _dot_general(self, inputs, params, operands, result):
     (left, right), (left_batch, right_batch) = params['dimension_numbers']
     letters = iter('abcdefghijklmnopqrstuvwxyz')

@@ -24,7 +24,7 @@ for _name, (_block, _sizes) in _RESNETS.items():
   _ENCODERS[_name] = functools.partial(resnet.ResNet, _block, _sizes, False)
   _ENCODERS[f'{_name}_cifar'] = functools.partial(resnet.ResNet, _block, _sizes, True)
 
-__all__ = ['NAMES', 'SMALLEST_SIDE', 'create']
+__all__ = ['NAMES', 'SMALLEST_SIDE', 'create', 'resnet_blocks']
 NAMES = tuple(sorted(_ENCODERS))
 SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # in pixels; any side for the others
 
@@ -50,3 +50,9 @@ def create(name: str, *, embedding_dim: int = 128, width: int = 64, dtype: Any =
     raise KeyError(f"unknown model '{name}'; known: {', '.join(NAMES)}")
   return _ENCODERS[name](embedding_dim=embedding_dim, width=width, dtype=dtype,
                          batch_norm_axis=batch_norm_axis)
+
+
+def resnet_blocks(name: str) -> tuple[str | None, tuple[int, ...]]:
+  """('BasicBlock' or 'Bottleneck', blocks in each stage) of a ResNet; (None, ()) of others."""
+  block, sizes = _RESNETS.get(name.removesuffix('_cifar'), (None, ()))
+  return None if block is None else block.__name__, sizes

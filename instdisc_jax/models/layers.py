@@ -7,7 +7,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
 
 from instdisc_jax import linalg
 
@@ -118,14 +117,13 @@ def average_to(x: Float[Array, 'B H W C'], size: int) -> Float[Array, 'B size si
   """
   if x.shape[1:3] == (size, size):
     return x
-  rows, columns = (jnp.asarray(_parts(n, size), x.dtype) for n in x.shape[1:3])
-  return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x, precision=lax.Precision.HIGHEST)
+  for axis in (1, 2):
+    parts = _parts(x.shape[axis], size)
+    x = jnp.concatenate([lax.slice_in_dim(x, *part, axis=axis).mean(axis, keepdims=True)
+                         for part in parts], axis)
+  return x
 
 
 def _parts(length, size):
-  """[size, length], each row the weights of one part."""
-  parts = np.zeros((size, length))
-  for i in range(size):
-    start, end = i * length // size, -(-(i + 1) * length // size)
-    parts[i, start:end] = 1 / (end - start)
-  return parts
+  """(start, end) of each part."""
+  return [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
