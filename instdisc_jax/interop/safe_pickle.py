@@ -18,7 +18,11 @@ from instdisc_jax.runtime import errors
 __all__ = ['import_optional', 'read_file', 'read_metadata']
 
 _PACKAGES = {'torch': ('PyTorch', '[torch]'), 'safetensors': ('safetensors', '[torch]'),
-             'safetensors.numpy': ('safetensors', '[torch]'), 'onnx': ('onnx', '[onnx]')}
+             'safetensors.numpy': ('safetensors', '[torch]'), 'onnx': ('onnx', '[onnx]'),
+             **dict.fromkeys(('torchvision.models.detection', 'torchvision.models.resnet',
+                              'torchvision.ops'), ('torchvision', '[detection]')),
+             **dict.fromkeys(('pycocotools.coco', 'pycocotools.cocoeval'),
+                             ('pycocotools', '[detection]'))}
 
 _STUBS = {'lib.NCEAverage.NCEAverage', 'lib.LinearAverage.LinearAverage',
           'lib.alias_multinomial.AliasMethod',
@@ -101,21 +105,24 @@ def read_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
     return content.metadata() or {}
 
 
-def import_optional(module: str, argument: str) -> Any:
-  """Imports a module that is needed only to read or write the weights of other projects.
+def import_optional(module: str, argument: str, what: str = 'this file') -> Any:
+  """Imports a module that few commands need.
 
   Args:
     module: one of `_PACKAGES`.
-    argument: the argument that named the file, e.g. '--from'.
+    argument: the argument that asked for it, e.g. '--from'.
+    what: what needs it.
 
   Raises:
     errors.UserError: it is not installed.
   """
   try:
     return importlib.import_module(module)
-  except ImportError as e:
+  except (ImportError, RuntimeError) as e:  # the latter: built for another version of another one
     package, extra = _PACKAGES[module]
-    raise errors.UserError(f'this file needs {package}, which is not installed',
+    raise errors.UserError(f'{what} needs {package}, which is not installed'
+                           + (f', or not for this PyTorch ({errors.one_line(e)[:80]})'
+                              if isinstance(e, RuntimeError) else ''),
                            remedy=f"pip install '.{extra}'", setting=argument) from e
 
 
