@@ -6,7 +6,7 @@ number of devices, rows past N are cut off or filled up with zeros. A checkpoint
 name only when it is complete, with N and the SHA-256 of each of its files in a manifest. One that
 no longer matches its manifest is damaged, and the previous one takes its place.
 
-A state is a flax struct with the fields of `training.state.TrainState`.
+A state is a flax struct with a field `step`; that of a run is `training.state.TrainState`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -132,7 +132,7 @@ class Checkpoints:
     step = self._manager.latest_step() if step is None else step
     assert step is not None, 'there is no checkpoint to restore'
     metadata: Any = self._manager.item_metadata(step)
-    absent = [name for name in _PER_ROW if metadata.tree.get(name) is None]
+    absent = [name for name in _PER_ROW if hasattr(like, name) and metadata.tree.get(name) is None]
     count = _num_rows(self._folder / str(step), metadata) or self._num_rows
     if count != self._num_rows:
       raise errors.UserError(

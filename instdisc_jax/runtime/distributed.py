@@ -75,6 +75,13 @@ def agree(value: Any) -> Any:
   return multihost_utils.broadcast_one_to_all(value)
 
 
+def smallest(mine: float) -> float:
+  """The smallest of all processes' values; all processes must call this."""
+  if jax.process_count() == 1:
+    return mine
+  return float(multihost_utils.process_allgather(np.float32(mine)).min())
+
+
 def everywhere(mine: bool) -> bool:
   """Whether `mine` is true on every process; all processes must call this."""
   if jax.process_count() == 1:

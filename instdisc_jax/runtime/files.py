@@ -85,6 +85,15 @@ def whole_folder(path: pathlib.Path, argument: str) -> Iterator[pathlib.Path]:
       shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(path: Place) -> None:
+  """Removes a folder and all that it holds, if it is there."""
+  if isinstance(path, epath.Path) and in_bucket(path):
+    if path.exists():
+      path.rmtree()
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def write(path: Place, content: str | bytes) -> None:
   """Writes a file completely or not at all, which buckets do by themselves."""
   if isinstance(content, str):
