@@ -48,12 +48,12 @@ def test_protocols_measure_the_accuracies_of_one_device(trained, tmp_path):
   for machine in MACHINES:
     workdir = tmp_path / machine.replace(' ', '-')
     shutil.copytree(trained[0], workdir)
-    _run('evaluate', machine, f'--workdir={workdir}', '--protocol=knn,linear')
+    _run('evaluate', machine, f'--workdir={workdir}', '--protocol=knn,linear,linear_online')
     lines = map(json.loads, (workdir / 'evaluations.jsonl').read_text().splitlines())
     top1[machine] = {(line['protocol'], line['features'], line.get('neighbors'),
                       line.get('temperature')): line['top1'] for line in lines}
   one = top1.pop('one')
-  assert len(one) == 3 * 6 * 4 + 7  # kinds, K and τ; stages
+  assert len(one) == 3 * 6 * 4 + 7 + 7  # kinds, K and τ; stages, twice
   for machine, other in top1.items():
     assert other.keys() == one.keys()
     for key, value in one.items():

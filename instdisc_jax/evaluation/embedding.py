@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 import numpy as np
 
 from instdisc_jax import config as config_lib
@@ -86,32 +86,66 @@ class Engine:
       return np.zeros((0, self._config.model.embedding_dim), np.float32)
     return np.concatenate([part[EMBEDDING] for part in self.run(variables, images)])
 
-  def rows(self, variables: dict[str, Any], images: Images) -> jax.Array:
-    """The embeddings of all images as the rows of a bank: sharded, padded with zeros.
+  def rows(self, variables: dict[str, Any], images: Images,
+           names: Sequence[str] = (EMBEDDING,),
+           check: Callable[[], None] | None = None) -> dict[str, jax.Array]:
+    """Features of all images as the rows of a bank: {name: [N', F]}, sharded, padded with zeros.
 
-    Each device encodes the images whose rows it holds, so no embedding leaves its device.
+    Each device encodes the images whose rows it holds, so no features leave their device. `check`
+    is called between chunks, in place of the engine's own.
     """
     side, shape = self._view(images)
     n = mesh_lib.padded(len(images), self._mesh.size) // self._mesh.size
     chunk_size = per_device(shape, n)
     size = min(chunk_size, n)
     index = functools.partial(by_row, per_device=chunk_size, size=size, n=n)
-    program = self._programs((EMBEDDING,))
-    total, dim = n * self._mesh.size, self._config.model.embedding_dim
-    dtype, write = jnp.promote_types(self._config.model.dtype, jnp.float32), write_rows(self._mesh)
-    rows = jax.jit(lambda: jnp.zeros((total, dim), dtype),
-                   out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))()
+    program, write = self._programs(tuple(names)), write_rows(self._mesh)
+    rows = None
     for number, chunk in enumerate(self._read(images, index, math.ceil(n / size), chunk_size, side,
                                               shape)):
-      rows = write(rows, program(variables, chunk)[EMBEDDING], min(number * size, n - size),
-                   len(images))
-      self._check()
-    return rows
+      features = program(variables, chunk)
+      if rows is None:
+        rows = {name: self._zeros(n, x) for name, x in features.items()}
+      first = min(number * size, n - size)
+      rows = {name: write(rows[name], x, first, len(images)) for name, x in features.items()}
+      (check or self._check)()
+    return rows or {}
+
+  def _zeros(self, n, like):
+    """[n * devices, F] zeros, sharded."""
+    return jax.jit(lambda: jnp.zeros((n * self._mesh.size, like.shape[1]), like.dtype),
+                   out_shardings=NamedSharding(self._mesh, P(mesh_lib.AXIS)))()
+
+  def widths(self, variables: dict[str, Any], images: Images,
+             names: Sequence[str]) -> dict[str, int]:
+    """{name: F} of those features that the encoder has."""
+    _, shape = self._view(images)
+    views = jax.ShapeDtypeStruct((self._mesh.size, *shape), np.uint8)
+    found: Any = jax.eval_shape(self._programs(tuple(names)), variables, views)
+    return {name: x.shape[1] for name, x in found.items()}
 
   def views(self, images: Images, side: int) -> UInt8[np.ndarray, 'N side side 3']:
     """The central views of all images, at the given size, on every process."""
     return np.concatenate([distributed.gather(chunk)[:count]
                            for count, chunk in self._in_order(images, 0, side)])
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """All devices, of all processes."""
+    return self._mesh
+
+  @property
+  def size(self) -> tuple[int, int] | None:
+    """(height, width) that the encoder sees; None for the images' own."""
+    return self._size
+
+  def chunks(self, images: Images) -> Iterator[tuple[int, jax.Array]]:
+    """The views of all images, in order, on the devices.
+
+    Yields:
+      (number of images, [n, H, W, 3] uint8, sharded, padded with the last image).
+    """
+    return self._in_order(images, 0)
 
   def _in_order(self, images, first, side=None):
     """Yields (number of images, their views on the devices, padded with the last image)."""
@@ -195,15 +229,27 @@ def encode(config: config_lib.Config, encoder: nn.Module, mesh: jax.sharding.Mes
     A jitted (variables, images [n, H, W, 3] uint8, sharded) -> {name: [n, F], sharded}.
   """
   def device_part(variables, images):
-    embedding, updated = encoder.apply(variables, views.central(config, images, size), train=False,
-                                     mutable=['stages'])
-    shown: Any = dict(updated).get('stages', {})
-    features = {name: _pool(shown[f'{name}_output']) for name in STAGES
-                if name in names and f'{name}_output' in shown}
-    return features | ({EMBEDDING: embedding} if EMBEDDING in names else {})
+    return features_of(encoder, variables, views.central(config, images, size), names)
 
   return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=(P(), P(mesh_lib.AXIS)),
                                out_specs=P(mesh_lib.AXIS)))
+
+
+def features_of(encoder: nn.Module, variables: dict[str, Any], x: Float[Array, 'n h w 3'],
+                names: Sequence[str]) -> dict[str, Float[Array, 'n F']]:
+  """Features of some views, in evaluation mode.
+
+  Args:
+    encoder: a Linen module.
+    variables: its {'params', 'batch_stats'}.
+    x: [n, h, w, 3] views.
+    names: which features, see `Engine.run`; a stage is pooled to at most 9,600 values.
+  """
+  embedding, updated = encoder.apply(variables, x, train=False, mutable=['stages'])
+  shown: Any = dict(updated).get('stages', {})
+  features = {name: _pool(shown[f'{name}_output']) for name in STAGES
+              if name in names and f'{name}_output' in shown}
+  return features | ({EMBEDDING: embedding} if EMBEDDING in names else {})
 
 
 def load_views(chunk: int, *, images: Images, index: Callable[[int], np.ndarray],

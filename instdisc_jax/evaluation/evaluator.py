@@ -69,7 +69,7 @@ class Evaluator:
   def recomputed(self, state: TrainState) -> tuple[
       float | None, Float[np.ndarray, 'Q K'], Int[np.ndarray, 'Q K']]:
     """kNN against fresh features of all training images: (top-1 or None, similarities, rows)."""
-    rows = self._engine.rows(_variables(state), self._train)
+    rows = self._engine.rows(_variables(state), self._train)[embedding.EMBEDDING]
     if len(self.queries) == len(self._train) and self._own_row is not None:
       queries = distributed.gather(rows)[:len(self._train)]
     else:

@@ -206,7 +206,7 @@ def test_fresh_rows_are_the_embeddings_each_on_its_own_device(monkeypatch, num_d
                                                               chunk):
   monkeypatch.setattr(embedding, '_CHUNK', chunk)
   images, size = KINDS[kind]
-  rows = _engine(num_devices, size).rows(_variables(), images)
+  rows = _engine(num_devices, size).rows(_variables(), images)[embedding.EMBEDDING]
   expected = _on_one_device(kind)['embedding']
   assert rows.shape[0] == mesh_lib.padded(N, num_devices)
   assert {shard.data.shape[0] for shard in rows.addressable_shards} == {len(rows) // num_devices}

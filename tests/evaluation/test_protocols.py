@@ -126,3 +126,27 @@ def test_features_of_files_that_were_changed_or_are_elsewhere_are_computed_again
   assert np.abs(first - other).max() > 1e-3
   write('x')
   assert np.abs(features('x') - first).max() > 1e-3
+
+
+def test_images_with_several_labels_have_an_svm_for_each(sets):
+  tags = lambda labels: np.stack([labels % 2, labels // 5], axis=1).astype(np.int8)  # odd, large
+  tagged = lambda images: dataclasses.replace(images, labels=None, tags=tags(images.labels))
+  model = inference.load(sets.model.workdir)
+  model.__dict__['_dataset'] = dataclasses.replace(
+      sets.model.dataset, train=tagged(sets.model.dataset.train),
+      test=tagged(sets.model.dataset.test))
+  prepare = lambda protocol: protocols.prepare(model, model.workdir / 'features', [protocol])
+  results = list(protocols.support_vectors(prepare('svm')))
+  assert [r['features'] for r in results] == ['pooled', 'embedding']
+  assert all(0.4 < r['map'] <= 1 for r in results)  # by chance: about 0.5
+  with pytest.raises(errors.UserError, match='digits has images with several labels, must be '
+                                             'one label for each image: set --protocol=svm'):
+    prepare('knn')
+
+
+def test_a_probe_whose_features_do_not_fit_is_refused_before_they_are_computed(sets, monkeypatch):
+  monkeypatch.setattr(protocols.mesh_lib, 'memory', lambda mesh: 2e6)
+  monkeypatch.setattr(embedding.Engine, 'run', None)
+  with pytest.raises(errors.UserError, match='conv1 of 128 images takes 0.0 GiB, must be at most '
+                                             'a quarter .*set --protocol=linear_online'):
+    protocols.prepare(sets.model, sets.model.workdir / 'nowhere', ['linear'])
