@@ -76,3 +76,12 @@ def test_a_table_is_made_row_by_row_and_nothing_is_done_twice(tmp_path, monkeypa
     assert second['rows'][title]['0'] == first['rows'][title]['0']
     assert 0 < second['rows'][title]['1']['svm'] <= 1
     assert second['rows'][title]['1'] != second['rows'][title]['0']
+
+
+@pytest.mark.slow
+def test_a_table_of_protocols_is_made_from_nothing(tmp_path, monkeypatch):
+  monkeypatch.setitem(tables.SCALES, 'smoke', lambda: (small_config(), 1))
+  assert reproduce.main(['--table=imagenet_linear', '--scale=smoke', f'--output={tmp_path}']) == 0
+  rows, = json.loads((tmp_path / 'results.json').read_text())['rows'].values()
+  assert [row['features'] for row in rows][-2:] == ['pooled', 'embedding']
+  assert '| ResNet-10, width 16 | conv5 | – | 0.' in (tmp_path / 'table.md').read_text()
