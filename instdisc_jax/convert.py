@@ -3,8 +3,9 @@
     python -m instdisc_jax.convert --from=FILE --workdir=DIR     imports a checkpoint
     python -m instdisc_jax.convert --workdir=DIR --to=FILE       exports the encoder of a run
 
-FILE.pth and FILE.safetensors have torchvision's layout. FILE.onnx takes images of bytes and gives
-embeddings of unit norm. A name without a suffix is a folder that timm loads, with a model card.
+FILE.pth and FILE.safetensors have torchvision's layout, FILE.pkl detectron2's. FILE.onnx takes
+images of bytes and gives embeddings of unit norm. A name without a suffix is a folder that timm
+loads, with a model card.
 
 Reading or writing .pth needs PyTorch (`pip install '.[torch]'`), writing .onnx `onnx`.
 """
@@ -17,7 +18,7 @@ import sys
 from instdisc_jax import cli, inference, linalg
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import views
-from instdisc_jax.interop import checkpoints, hub, onnx, safe_pickle
+from instdisc_jax.interop import checkpoints, detectron2, hub, onnx, safe_pickle
 from instdisc_jax.interop.layouts import from_torch, to_torch
 from instdisc_jax.runtime import errors, files
 from instdisc_jax.training import import_checkpoint as importing
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         'convert', __doc__, '--from=FILE --workdir=DIR | --workdir=DIR --to=FILE [--head]')
     parser.add_argument('--from', dest='source', metavar='FILE', help='a .pth or .safetensors file')
     cli.add_workdir(parser, 'with --from: the folder to make; with --to: the folder of a run')
-    parser.add_argument('--to', metavar='FILE', help='a .pth, .safetensors or .onnx file, or a '
-                        'folder for timm and the Hugging Face hub')
+    parser.add_argument('--to', metavar='FILE', help='a .pth, .safetensors, .onnx or .pkl file, or '
+                        'a folder for timm and the Hugging Face hub')
     parser.add_argument('--head', action='store_true',
                         help="with --to: keep the linear layer to the embedding, as 'fc'")
     args = parser.parse_args(argv)
@@ -53,8 +54,10 @@ def _export(workdir, to, with_head):
   match to.suffix:
     case '.pth' | '.safetensors':
       checkpoints.export(workdir, to, with_head)
-    case '.onnx':
-      content = _as_onnx(inference.load(workdir))
+    case '.onnx' | '.pkl':
+      model = inference.load(workdir)
+      content = _as_onnx(model) if to.suffix == '.onnx' else detectron2.dumps(
+          checkpoints.state_dict(workdir, with_head=False), model.config.model.name)
       try:
         files.write(to, content)
       except OSError as e:
@@ -67,8 +70,8 @@ def _export(workdir, to, with_head):
                 config_lib.to_json(model.config), _side(model),
                 json.loads(summary.read_text()) if summary.exists() else {})
     case _:
-      raise errors.UserError(f"--to is '{to}'", 'a file that ends in .pth, .safetensors or .onnx, '
-                             'or a folder', setting='--to')
+      raise errors.UserError(f"--to is '{to}'", 'a file that ends in .pth, .safetensors, .onnx '
+                             'or .pkl, or a folder', setting='--to')
 
 
 def _as_onnx(model) -> bytes:
