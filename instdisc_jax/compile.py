@@ -9,6 +9,8 @@ from rich import console as rich_console
 from instdisc_jax import cli, programs
 from instdisc_jax.runtime import compilation, errors, files, hardware
 
+_KNOWN = (*programs.NAMES, *programs.EVALUATION)
+
 
 def main(argv=None) -> int:
   """Runs the command; returns its exit code: 0 (fits), 1 (does not), 2 (user error)."""
@@ -19,16 +21,19 @@ def main(argv=None) -> int:
     cli.add_config(parser)
     parser.add_argument('--topology', required=True, help=f'the devices: {hardware.KNOWN}')
     parser.add_argument('--program', metavar='PROGRAM', default='all',
-                        help=f'all (default), or {", ".join(programs.NAMES)}; several with commas')
+                        help=f'all (default), evaluate, or {", ".join(_KNOWN)}; several with '
+                             'commas')
     parser.add_argument('--output', metavar='FILE.json', help='where to write the same numbers')
     cli.add_integer(parser, '--queries', metavar='Q', default=programs.QUERIES,
                     help=f'queries of the kNN search (default: {programs.QUERIES:,})')
     args, overrides = parser.parse_known_args(argv)
-    chosen = programs.NAMES if args.program == 'all' else args.program.split(',')
+    groups = {'all': programs.NAMES, 'evaluate': programs.EVALUATION}
+    chosen = groups.get(args.program, args.program.split(','))
     for name in chosen:
-      if name not in programs.NAMES:
+      if name not in _KNOWN:
         raise errors.UserError(f"--program is '{args.program}'",
-                               f'all, or one of {", ".join(programs.NAMES)}', setting='--program')
+                               f'all, evaluate, or one of {", ".join(_KNOWN)}',
+                               setting='--program')
     if args.queries < 1:
       raise errors.UserError(f'--queries is {args.queries}', 'at least 1', setting='--queries')
     output = None if args.output is None else pathlib.Path(args.output)

@@ -10,6 +10,13 @@
     digest        the bank's digest at the end, piece by piece
     restore       nothing: every device reads its rows from the checkpoint
 
+With `--program=evaluate`, those of the protocols for any number of images, with 1,000 classes:
+
+    features      the encoder in evaluation, with the pooled features, on one chunk of images
+    neighbors     the search of 200 neighbors by pooled features, in one block of the images
+    linear_online the step that trains linear classifiers on every stage
+    few_label     the step of fine-tuning
+
 They are the functions that the run itself calls, with arguments that have shapes but no values.
 """
 
@@ -31,7 +38,15 @@ from rich import table as rich_table
 from instdisc_jax import config as config_lib
 from instdisc_jax import data
 from instdisc_jax.data import feeds, views
-from instdisc_jax.evaluation import embedding, evaluator, knn
+from instdisc_jax.evaluation import (
+  embedding,
+  evaluator,
+  few_label,
+  knn,
+  linear_online,
+  nearest,
+  supervised,
+)
 from instdisc_jax.runtime import checkpoint, digest, hardware, hlo
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import monitor
@@ -39,7 +54,9 @@ from instdisc_jax.training import state as state_lib
 from instdisc_jax.training import step as step_lib
 
 NAMES = ('init', 'step', 'embed', 'rows', 'knn', 'check', 'checkpoint', 'digest', 'restore')
+EVALUATION = ('features', 'neighbors', 'linear_online', 'few_label')
 QUERIES = 50_000
+CLASSES = 1_000
 _WIDTH = 200  # of the table, in characters: cut columns would say nothing
 
 
@@ -118,15 +135,19 @@ class Run:
         'digest': lambda: (
             digest.piece(mesh, digest.piece_size(self._state.bank, mesh)),
             (self._state.bank, self._scalar())),
+        'features': lambda: self._embed((embedding.EMBEDDING, 'pooled')),
+        'neighbors': self._neighbors,
+        'linear_online': self._linear_online,
+        'few_label': self._few_label,
     }
 
   def lower(self, name: str) -> jax.stages.Lowered:
-    """One of `NAMES` but 'restore', lowered for the machine."""
+    """One of `NAMES` but 'restore', or of `EVALUATION`, lowered for the machine."""
     function, arguments = self._make[name]()
     return function.lower(*arguments)
 
   def compile(self, name: str) -> Report:
-    """Compiles one of `NAMES`; nothing if its arguments and results alone do not fit."""
+    """Compiles one of `NAMES` or `EVALUATION`; nothing if its arguments alone do not fit."""
     if name not in self._make:
       state = _bytes(self._state)
       return Report(name, memory={'arguments': 0.0, 'outputs': state, 'aliased': 0.0,
@@ -134,7 +155,7 @@ class Run:
     start = time.monotonic()
     function, arguments = self._make[name]()
     held = self._state, self._batches[0]
-    beside = _bytes(held) - _bytes(arguments, among=held)
+    beside = 0.0 if name in EVALUATION else _bytes(held) - _bytes(arguments, among=held)
     if name in ('embed', 'knn'):  # at the end of the run, the fresh features of all images
       beside += _bytes(self._rows(jnp.float32))
     given = _bytes(arguments)
@@ -188,13 +209,56 @@ class Run:
         return f'choose a --topology with at least {more} devices'
     return 'set --config.model.name or --config.model.width to a smaller encoder'
 
-  def _embed(self):
+  def _embed(self, names=(embedding.EMBEDDING,)):
     config, mesh = self.setup.config, self.setup.mesh
     images = jax.ShapeDtypeStruct((self._per_device() * mesh.size, *self._embedded, 3), jnp.uint8,
                                   sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
-    variables = {'params': self._state.params, 'batch_stats': self._state.batch_stats}
-    return embedding.encode(config, self.setup.encoder, mesh, self._size,
-                            (embedding.EMBEDDING,)), (variables, images)
+    return embedding.encode(config, self.setup.encoder, mesh, self._size, names), (
+        self._variables(), images)
+
+  def _variables(self):
+    return {'params': self._state.params, 'batch_stats': self._state.batch_stats}
+
+  def _widths(self, names):
+    """{name: F} of the encoder's features."""
+    function, arguments = self._embed(names)
+    return {name: x.shape[1] for name, x in jax.eval_shape(function, *arguments).items()}
+
+  def _neighbors(self):
+    mesh, num_rows = self.setup.mesh, self.setup.num_rows
+    width, = self._widths(('pooled',)).values()
+    size = nearest.block_size(num_rows, width, mesh.size, nearest.SHARE * self.chip.memory)
+    rows = jax.ShapeDtypeStruct((mesh_lib.padded(size, mesh.size), width), jnp.float32,
+                                sharding=NamedSharding(mesh, P(mesh_lib.AXIS)))
+    queries = jax.ShapeDtypeStruct((nearest.queries_at_once(self._queries, width), width),
+                                   jnp.float32, sharding=NamedSharding(mesh, P()))
+    return knn.over_mesh(mesh, min(200, size), size), (queries, rows, None)
+
+  def _linear_online(self):
+    probe = linear_online.Probe(self.setup.config, self.setup.encoder, self.setup.mesh, CLASSES)
+    widths = self._widths(linear_online.ALL)
+    config = probe.configure(self.setup.config.dataset.path, 0, self._size)
+    feed, inputs = self._labeled(config)
+    return probe.step(config, feed, widths), (
+        probe.shapes(widths), self._variables(), inputs, self._labels(), self._scalar())
+
+  def _few_label(self):
+    tuner = few_label.Tuner(self.setup.config, self.setup.encoder, self.setup.mesh, self._size,
+                            CLASSES)
+    config = supervised.configure(
+        self.setup.config, self.setup.config.dataset.path, 0,
+        tuner.recipe.batch(self.setup.num_rows, self.setup.mesh.size), self._size)
+    feed, inputs = self._labeled(config)
+    return tuner.step(config, feed), (tuner.like(self._variables()), inputs, self._labels(),
+                                      self._scalar(jnp.uint32), self._scalar())
+
+  def _labeled(self, config):
+    """(class of the feed, inputs) of training with labels."""
+    return feeds.like(config, self.setup.num_rows, self._image_shape, self.setup.mesh)
+
+  def _labels(self):
+    return jax.ShapeDtypeStruct((self.setup.num_rows,), jnp.int32,
+                                sharding=NamedSharding(self.setup.mesh, P()))
 
   def _per_device(self):
     """Images per device in a chunk of the embedding."""
@@ -215,8 +279,8 @@ class Run:
     shape = count or self._state.bank.shape[0], self.setup.config.model.embedding_dim
     return jax.ShapeDtypeStruct(shape, dtype, sharding=self._state.bank.sharding)
 
-  def _scalar(self):
-    return jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(self.setup.mesh, P()))
+  def _scalar(self, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.setup.mesh, P()))
 
   def _refused(self, name, given, needed, beside):
     return Report(name, memory={'arguments': given, 'outputs': 0.0, 'aliased': 0.0,

@@ -51,6 +51,17 @@ def test_every_program_is_compiled_and_measured(reports):
   assert reports['checkpoint'].memory['outputs'] == pytest.approx(state, rel=0.1)
 
 
+def test_the_programs_of_the_evaluation_are_compiled():
+  run = _run(num_rows=5_003)
+  for name in programs.EVALUATION:
+    report = run.compile(name)
+    assert report.compile_seconds > 0 and report.costs.bytes > 0 and report.memory['beside'] == 0
+    kinds = {c.kind for c in report.costs.collectives}
+    assert kinds == {'features': set(), 'neighbors': {'all-gather', 'all-to-all'},
+                     'linear_online': {'all-gather', 'all-reduce'},
+                     'few_label': {'all-reduce'}}[name]
+
+
 def test_the_verdict_names_the_largest_program_and_the_setting_that_would_make_it_fit(reports):
   run = _run()
   fits, line = run.verdict(list(reports.values()))
@@ -113,7 +124,8 @@ def test_too_many_rows_are_refused():
 
 @pytest.mark.parametrize('arguments, message', [
     (['--topology=v9:2x2'], "--topology is 'v9:2x2', must be KIND:SHAPE, e.g. v5e:2x4"),
-    (['--topology=cpu:8', '--program=stop'], "--program is 'stop', must be all, or one of init"),
+    (['--topology=cpu:8', '--program=stop'],
+     "--program is 'stop', must be all, evaluate, or one of init"),
     (['--topology=cpu:8', '--queries=0'], '--queries is 0, must be at least 1'),
     (['--topology=cpu:8', '--output=a.txt'], "--output is 'a.txt', must be a file that ends in"),
     (['--topology=cpu:8', '--config.batch=1'], "unknown setting 'batch'")])

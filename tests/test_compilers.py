@@ -55,6 +55,22 @@ def test_every_recipe_fits_the_hardware_it_is_for(tmp_path, config, topology, se
     assert program['roofline_seconds'] or program['program'] == 'restore'
 
 
+def test_the_evaluation_of_imagenet_fits_an_h100(tmp_path):
+  code, found = _compile(tmp_path, 'imagenet.py', 'h100:1', 'evaluate')
+  assert code == 0, found['verdict']
+  assert found['num_rows'] == 1_281_167
+  assert [program['program'] for program in found['programs']] == [
+      'features', 'neighbors', 'linear_online', 'few_label']
+
+
+def test_the_weights_of_linear_classifiers_stay_on_their_device(tmp_path):
+  code, found = _compile(tmp_path, 'imagenet.py', 'v5e:2x4', 'linear_online', **{
+      'model.name': 'resnet10', 'model.width': 4, 'augment.size': 32})
+  assert code == 0, found['verdict']
+  carried, _ = _carried(found, 'linear_online')
+  assert 0 < carried['all-reduce'] < 1e6
+
+
 def _carried(found, program):
   """({kind: bytes} of a program's collectives, its memory)."""
   chosen, = (p for p in found['programs'] if p['program'] == program)
