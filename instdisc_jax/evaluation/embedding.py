@@ -139,18 +139,23 @@ class Engine:
     """(height, width) that the encoder sees; None for the images' own."""
     return self._size
 
-  def chunks(self, images: Images) -> Iterator[tuple[int, jax.Array]]:
+  def chunks(self, images: Images, most: int) -> Iterator[tuple[int, jax.Array]]:
     """The views of all images, in order, on the devices.
+
+    Args:
+      images: `Images`.
+      most: images at a time, on all devices.
 
     Yields:
       (number of images, [n, H, W, 3] uint8, sharded, padded with the last image).
     """
-    return self._in_order(images, 0)
+    return self._in_order(images, 0, most=most)
 
-  def _in_order(self, images, first, side=None):
+  def _in_order(self, images, first, side=None, most=None):
     """Yields (number of images, their views on the devices, padded with the last image)."""
     side, shape = self._view(images, side)
-    chunk_size = per_device(shape, math.ceil((len(images) - first) / self._mesh.size))
+    wanted = min(len(images) - first, most or len(images))
+    chunk_size = per_device(shape, math.ceil(wanted / self._mesh.size))
     total = chunk_size * self._mesh.size
     index = functools.partial(in_order, first=first, total=total)
     count = math.ceil((len(images) - first) / total)

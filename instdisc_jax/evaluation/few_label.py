@@ -169,7 +169,7 @@ def _fit_and_count(tuner, model, variables, images, labels, tests, seed, place, 
   job = supervised.Job(title, place, feed, len(images), end, step, tuner.like(variables))
   state = supervised.fit(job, lambda: tuner.start(variables), tuner.mesh, watch)
   right, first, (test, test_labels) = np.zeros(2), 0, tests
-  for count, chunk in model.engine.chunks(test):
+  for count, chunk in model.engine.chunks(test, tuner.recipe.batch_size):
     target = np.zeros(len(chunk), np.int32)
     target[:count] = test_labels[first:first + count]
     placed = jax.make_array_from_callback(target.shape, NamedSharding(tuner.mesh, P(AXIS)),

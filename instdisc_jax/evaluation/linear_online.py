@@ -159,7 +159,7 @@ def _fit(probe, model, images, labels, place, watch, seed):
 def _count(probe, model, state, images, labels, *, watch):
   """{stage: ([R] images whose class has the highest score, [R] one of the five highest)}."""
   program, parts, first = probe.count(model.engine.size, state.weights), [], 0
-  for size, chunk in model.engine.chunks(images):
+  for size, chunk in model.engine.chunks(images, probe.recipe.batch_size):
     target = np.zeros(len(chunk), np.int32)
     target[:size] = labels[first:first + size]
     parts.append(jax.device_get(program(state, model.variables, chunk, target, np.int32(size))))
