@@ -96,7 +96,7 @@ def load(name: str, data_dir: str | None = None) -> tuple[Scenes, Scenes, tuple[
   return train, test, names
 
 
-def generate(count: int, held_out: bool, side: int = 64) -> Scenes:
+def generate(count: int, held_out: bool, side: int = 96) -> Scenes:
   """Images of one to three of the embedded digits, at random places and in random sizes, on noise.
 
   Args:
