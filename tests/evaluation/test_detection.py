@@ -1,5 +1,6 @@
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from instdisc_jax import models
 from instdisc_jax.data import scenes as scenes_lib
 from instdisc_jax.evaluation import detection
-from instdisc_jax.interop import faster_rcnn, layouts
+from instdisc_jax.interop import faster_rcnn, layouts, safe_pickle
 from instdisc_jax.runtime import errors
 from tests import scenes
 from tests.conftest import small_config
@@ -154,10 +155,18 @@ def test_another_encoder_is_refused(torch, data, tmp_path):
     _measure(_encoder('vgg16'), data, tmp_path)
 
 
-def test_what_is_not_installed_is_named(data, tmp_path, monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'pycocotools.coco', None)
-  with pytest.raises(errors.UserError, match='detection needs pycocotools, which is not installed: '
-                                             r"pip install '\.\[detection\]'"):
+@pytest.mark.parametrize('missing, package', [
+    ('torch', 'PyTorch'), ('torchvision.models.detection', 'torchvision'),
+    ('pycocotools.coco', 'pycocotools')])
+def test_what_is_not_installed_is_named(data, tmp_path, monkeypatch, missing, package):
+  def find(module):  # the others are as if they were here
+    if module == missing:
+      raise ModuleNotFoundError(module)
+    return types.ModuleType(module)
+
+  monkeypatch.setattr(safe_pickle, 'importlib', types.SimpleNamespace(import_module=find))
+  with pytest.raises(errors.UserError, match=f'detection needs {package}, which is not installed: '
+                                             r"pip install '\.\[(detection|torch)\]'"):
     _measure(_encoder(), data, tmp_path)
 
 
