@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax.evaluation import knn
+from instdisc_jax import neighbors
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
   found = {}
 
   def ours():
-    found['ours'] = knn.nearest(queries, bank, k=args.k)[0]
+    found['ours'] = neighbors.nearest(queries, bank, k=args.k)[0]
     return found['ours']
 
   others = {}

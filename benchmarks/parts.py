@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from instdisc_jax import augment as augment_lib
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import cli, kernels, losses
-from instdisc_jax.evaluation import knn
+from instdisc_jax import cli, kernels, losses, neighbors
 from instdisc_jax.models import pool
 
 TEMPERATURE, NOISE, DIM = 0.07, 4096, 128
@@ -49,7 +48,7 @@ def calls(batch, num_rows, queries, side):
   augment = jax.jit(lambda images: augment_lib.augment(
       jax.random.split(keys[6], batch), images, how, size=None, dtype=jnp.bfloat16))
   asked = bank_lib.normalize(jax.random.normal(keys[1], (queries, DIM)))
-  nearest = lambda: knn.nearest(asked, bank, k=min(200, num_rows))
+  nearest = lambda: neighbors.nearest(asked, bank, k=min(200, num_rows))
   return {'loss, softmax': (kernel, lambda: softmax(features, bank)),
           'loss, nce': (f'M = {NOISE:,}', lambda: nce(features, bank)),
           'pooling': ('gradient', lambda: pooling(maps)),

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from instdisc_jax import config as config_lib
-from instdisc_jax import data, linalg
+from instdisc_jax import data, linalg, neighbors
 from instdisc_jax.data import decode, folder
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.evaluation import classifier, embedding, feature_store, knn
@@ -261,7 +261,7 @@ class Model:
       raise errors.UserError(f'features is {self.features}', 'embedding, as the rows of the bank')
     if not isinstance(k, (int, np.integer)) or not 1 <= k <= len(self.bank):
       raise errors.UserError(f'k is {k}', f'from 1 to the {len(self.bank)} rows of the bank')
-    similarity, row = knn.nearest(self.embed(images), self.bank, k=int(k))
+    similarity, row = neighbors.nearest(self.embed(images), self.bank, k=int(k))
     return np.asarray(similarity), np.asarray(row)
 
   def classify(self, images: Any) -> Int[np.ndarray, ' B']:

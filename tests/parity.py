@@ -21,7 +21,7 @@ import numpy as np
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
-from instdisc_jax import convert, losses, models
+from instdisc_jax import convert, losses, models, neighbors
 from instdisc_jax.evaluation import knn
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import optimizer as optimizer_lib
@@ -260,7 +260,8 @@ def nearest_neighbors(file, num_devices=None):
       for name, correct in (('top1', hit[:, :1]), ('top5_stable', hit),
                             ('top5_votes', hit & voted)):
         c.add(name, correct.any(axis=1).mean(), c.data[name][i, j], 1e-12)
-  nearest = _mapped(functools.partial(knn.nearest, k=20), num_devices, num_rows, (), ('bank',))
+  nearest = _mapped(functools.partial(neighbors.nearest, k=20), num_devices, num_rows, (),
+                    ('bank',))
   similarity, row = map(np.asarray, nearest(queries=test_x, bank=train_x))
   c.add('nn_top1', (train_y[row[:, 0]] == test_y).mean(), c.data['nn_top1'], 1e-12)
   c.add('sim_sorted', similarity, c.data['sim_sorted'], 2e-6)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 from sklearn import cluster, linear_model, model_selection
 
+from instdisc_jax import neighbors
 from instdisc_jax.evaluation import knn
 from instdisc_jax.runtime import errors
 
@@ -227,7 +228,7 @@ def calibration_error(confidence: Float[np.ndarray, ' n'], correct: Bool[np.ndar
 def _nearest(queries, rows, k, without_own=False):
   """(similarity [Q, k'], row [Q, k']) of the nearest rows, k' = k or fewer."""
   own = np.arange(len(queries), dtype=np.int32) if without_own else None
-  found = knn.nearest(np.asarray(queries, np.float32), np.asarray(rows, np.float32), own,
+  found = neighbors.nearest(np.asarray(queries, np.float32), np.asarray(rows, np.float32), own,
                       k=min(k, len(rows) - without_own))
   similarity, row = map(np.asarray, found)
   return similarity, row

@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from instdisc_jax import neighbors
 from instdisc_jax.evaluation import knn
 from instdisc_jax.runtime import hlo
 from instdisc_jax.runtime import mesh as mesh_lib
@@ -53,50 +54,6 @@ def test_nearest_rows_equal_brute_force_and_leave_out_the_query_itself(num_devic
   np.testing.assert_allclose(found, np.take_along_axis(similarity, expected, axis=1), atol=1e-6)
 
 
-def test_fewer_rows_on_a_device_than_neighbors():
-  queries, bank, labels = _inputs()
-  bank, labels = bank[:11], labels[:11]  # two rows per device, and padding
-  search = knn.over_mesh(mesh_lib.make(), 11, 11)
-  _, row = search(queries.astype('f4'), mesh_lib.pad_rows(bank.astype('f4'), 8),
-                  np.full(Q, -1, np.int32))
-  np.testing.assert_array_equal(row, np.argsort(-(queries @ bank.T), axis=1))
-
-
-@pytest.mark.parametrize('num_devices', [None, 8])
-@pytest.mark.parametrize('most_scores', [1, 20_000, 10**6])  # one by one, in chunks, at once
-def test_queries_come_in_chunks(most_scores, num_devices):
-  queries, bank, _ = _inputs()
-  expected = np.argsort(-(queries @ bank.T), axis=1)[:, :20]
-  arrays = queries.astype('f4'), bank.astype('f4')
-  search = functools.partial(knn.nearest, k=20, most_scores=most_scores)
-  if num_devices:
-    search = jax.shard_map(functools.partial(search, axis_name=AXIS, num_rows=N),
-                           mesh=mesh_lib.make(), in_specs=(P(), P(AXIS)), out_specs=P(),
-                           check_vma=False)
-    arrays = arrays[0], mesh_lib.pad_rows(arrays[1], 8)
-  np.testing.assert_array_equal(jax.jit(search)(*arrays)[1], expected)
-
-
-@pytest.mark.parametrize('n, k', [(60, 1), (60, 60), (1000, 1), (1000, 5), (4097, 60), (20_001, 60),
-                                  (20_001, 1), (250_000, 60)])  # to two levels of groups
-@pytest.mark.parametrize('top_k', [knn.top_k, knn.among_slices])
-def test_top_k_equals_a_full_sort(top_k, n, k):
-  scores = np.random.default_rng(n).standard_normal((3, n)).astype('f4')
-  best, place = top_k(jnp.asarray(scores), k)
-  expected = np.argsort(-scores, axis=1)[:, :k]
-  np.testing.assert_array_equal(place, expected)
-  np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
-
-
-@pytest.mark.parametrize('top_k', [knn.top_k, knn.among_slices])
-def test_top_k_of_scores_of_which_many_are_equal_or_masked(top_k):
-  scores = np.round(np.random.default_rng(0).standard_normal((4, 9001)), 1).astype('f4')
-  scores[:, 40:] = -np.inf
-  best, place = top_k(jnp.asarray(scores), 30)
-  np.testing.assert_array_equal(best, -np.sort(-scores, axis=1)[:, :30])
-  assert all(len(set(row)) == 30 for row in np.asarray(place))
-
-
 def test_top1_counts_right_votes():
   similarity = np.array([[0.9, 0.8, 0.8], [0.9, 0.1, 0.1]], np.float32)
   row = np.array([[0, 1, 2], [0, 1, 2]])
@@ -108,7 +65,7 @@ def test_top1_counts_right_votes():
 def test_a_grid_of_k_and_temperature_from_one_search_equals_brute_force():
   queries, bank, labels = _inputs()
   query_labels = np.random.default_rng(1).integers(0, C, Q)
-  similarity, row = knn.nearest(queries.astype('f4'), bank.astype('f4'), k=200)
+  similarity, row = neighbors.nearest(queries.astype('f4'), bank.astype('f4'), k=200)
   grid = knn.top1_grid(similarity, row, labels, query_labels, [1, 20, 200], [0.07, 0.5])
   assert len(grid) == 6
   for (k, temperature), found in grid.items():
@@ -119,18 +76,11 @@ def test_a_grid_of_k_and_temperature_from_one_search_equals_brute_force():
 def test_the_approximate_search_reports_its_recall():
   queries, bank, _ = _inputs()
   arrays = queries.astype('f4'), bank.astype('f4')
-  _, exact = knn.nearest(*arrays, k=20)
-  _, found = knn.nearest(*arrays, k=20, recall_target=0.9)
+  _, exact = neighbors.nearest(*arrays, k=20)
+  _, found = neighbors.nearest(*arrays, k=20, recall_target=0.9)
   assert knn.recall(found, exact) >= 0.9
   assert knn.recall(np.roll(exact, 1, axis=0), exact) < 0.2
   assert knn.recall(exact[:, ::-1], exact) == 1
-
-
-def test_memory_is_bounded_for_50000_queries_of_imagenet():
-  arrays = (jax.ShapeDtypeStruct((50_000, 128), jnp.float32),
-            jax.ShapeDtypeStruct((1_281_167, 128), jnp.float32))
-  compiled = jax.jit(functools.partial(knn.nearest, k=200)).lower(*arrays).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 2**30  # all scores would be 256 GB
 
 
 def test_devices_exchange_what_does_not_grow_with_their_number():
