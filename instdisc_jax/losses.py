@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax import kernels
+from instdisc_jax import kernels, neighbors
 from instdisc_jax.linalg import dot, in_chunks, score_rows
 
 _MOST_HELD = 2**25  # scores or values of noise rows held at once, 128 MiB in float32
@@ -38,7 +38,9 @@ _jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'mos
 
 
 def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
-                 index: Int[Array, ' B'], *, temperature: float, axis_name: str | None = None,
+                 index: Int[Array, ' B'], *, temperature: float,
+                 other: Float[Array, 'B D'] | None = None,
+                 near: Int[Array, 'B K'] | None = None, axis_name: str | None = None,
                  num_rows: int | None = None, kernel: str = 'xla', block_rows: int | None = None,
                  largest_norm: float | None = bank_lib.LARGEST_NORM) -> Float[Array, ' B']:
   """Non-parametric softmax over all N rows (Eq. 2-3), exact.
@@ -50,11 +52,20 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
   below about 73, as is known for a temperature that is a Python number, and rows whose norm is
   known: for unit vectors down to τ = 0.0137, for any bank of `bank.init` to 0.0237.
 
+  Rows that are `near` an image are positives too, P_i of them with its own:
+
+      loss_i  = -log Σ_{j in P_i} p_ij
+
+  With `other`, the features v'_i of other views of the images, the same loss is added with v'_i in
+  place of V_i, and is differentiated with respect to both.
+
   Args:
     features: [B, D] unit-norm.
     bank: [N, D], or the local shard.
     index: [B] int.
     temperature: τ > 0.
+    other: [B, D] unit-norm, or None.
+    near: [B, K] int, of the global batch when `axis_name` is given, see `nearest`; -1 for no row.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
     kernel: 'xla', 'cudnn' or 'pallas', see `kernels`.
@@ -67,14 +78,15 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
   largest_logit = None
   if largest_norm is not None and isinstance(temperature, (int, float)):
     largest_logit = largest_norm / temperature
-  return _softmax_loss(features, bank, index, temperature, axis_name=axis_name, num_rows=num_rows,
-                       kernel=kernel, block_rows=block_rows, largest_logit=largest_logit)
+  return _softmax_loss(features, other, bank, index, near, temperature, axis_name=axis_name,
+                       num_rows=num_rows, kernel=kernel, block_rows=block_rows,
+                       largest_logit=largest_logit)
 
 
 @functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'kernel', 'block_rows',
                                              'largest_logit'))
-def _softmax_loss(features, bank, index, temperature, *, axis_name, num_rows, kernel, block_rows,
-                  largest_logit):
+def _softmax_loss(features, other, bank, index, near, temperature, *, axis_name, num_rows, kernel,
+                  block_rows, largest_logit):
   queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
   positive, positive_logit = _positive(queries, bank, index, axis_name)
   num_local = bank_lib.count_local_rows(bank, axis_name, num_rows)
@@ -82,8 +94,146 @@ def _softmax_loss(features, bank, index, temperature, *, axis_name, num_rows, ke
       kernel, queries, bank, num_local, padding=bank_lib.count_padding(bank, axis_name, num_rows),
       largest_logit=largest_logit, block_rows=block_rows)
   logsumexp, mean_row = _combine(*sums, axis_name)
-  mine, gradient = _to_owner((positive_logit, (mean_row - positive) / temperature), axis_name)
-  return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
+  if other is None and near is None:
+    mine, gradient = _to_owner((positive_logit, (mean_row - positive) / temperature), axis_name)
+    return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
+
+  # On every device: scalars of the global batch, and its own share of each weighted sum of rows.
+  if axis_name is not None:
+    positive_logit = lax.psum(positive_logit, axis_name)
+  near_logit, near_row = _log_sum(queries, bank, near, axis_name)
+  positives = jnp.logaddexp(positive_logit, near_logit)
+  share = jnp.exp(positive_logit - positives)[:, None]
+  loss = logsumexp - positives
+  weighted = mean_row - share * positive - (1 - share) * near_row
+  slope = None
+  if other is not None:
+    product = jnp.sum(lax.stop_gradient(features * other), axis=1)
+    pair = bank_lib.gather(product / temperature, axis_name)
+    p = jnp.exp(positive_logit - logsumexp)
+    remaining = jnp.maximum(-jnp.expm1(positive_logit - logsumexp), jnp.finfo(p.dtype).eps)
+    others = logsumexp + jnp.log(remaining)  # over all rows but the image's own
+    of_all, of_near = jax.nn.sigmoid(others - pair), jax.nn.sigmoid(near_logit - pair)
+    loss += jax.nn.softplus(others - pair) - jax.nn.softplus(near_logit - pair)
+    weighted += ((of_all / remaining)[:, None] * (mean_row - p[:, None] * positive)
+                 - of_near[:, None] * near_row)
+    slope = of_near - of_all  # of the loss along the pair's logit
+  loss, gradient = _own(loss, features, axis_name), _to_owners(weighted, axis_name) / temperature
+  loss = _with_gradient(loss, gradient, features)
+  if other is None or slope is None:
+    return loss
+  slope = _own(slope, features, axis_name)[:, None] / temperature
+  loss = _with_gradient(loss, slope * lax.stop_gradient(other), features)
+  return _with_gradient(loss, slope * lax.stop_gradient(features), other)
+
+
+def _log_sum(queries, bank, near, axis_name):
+  """(log Σ_k exp(logit) [B] of some rows, -inf of none; a device's share of Σ_k p_k V_k [B, D])."""
+  if near is None:
+    return jnp.full(len(queries), -jnp.inf, queries.dtype), jnp.zeros_like(queries)
+
+  def sums(noise):
+    logit = jnp.where(noise.owned, noise.logit, -jnp.inf)
+    peak = jnp.max(logit, axis=1)
+    weight = jnp.exp(logit - kernels.finite(peak)[:, None])
+    return peak, weight.sum(axis=1), noise.weigh(weight)
+
+  device_peak, total, weighted = _over_noise(sums, bank, near, axis_name, _MOST_HELD, (queries,))
+  peak = device_peak if axis_name is None else lax.pmax(device_peak, axis_name)
+  shrink = jnp.exp(device_peak - kernels.finite(peak))
+  total = total * shrink if axis_name is None else lax.psum(total * shrink, axis_name)
+  return (kernels.finite(peak) + jnp.log(total),
+          weighted * (shrink / jnp.where(total > 0, total, 1))[:, None])
+
+
+def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'], *,
+            count: int, axis_name: str | None = None,
+            num_rows: int | None = None) -> Int[Array, 'B K']:
+  """The rows most similar to each feature, but the image's own.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    count: K, at most N - 1.
+    axis_name: mesh axis, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    [B, K] int32, of the global batch, on every device.
+  """
+  queries, bank, index = _as_data(features, bank, index, axis_name)
+  return neighbors.nearest(queries, bank, index, k=count, axis_name=axis_name,
+                           num_rows=num_rows)[1]
+
+
+def hardest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'], *,
+            semi: bool, axis_name: str | None = None,
+            num_rows: int | None = None) -> Int[Array, 'B 1']:
+  """The negative of each image for `triplet_loss`: the other row most similar to its feature.
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    semi: only among rows less similar than the image's own (Schroff et al., 2015).
+    axis_name: mesh axis, or None.
+    num_rows: the true N where the bank is padded; needed with `axis_name`.
+
+  Returns:
+    [B, 1] int32, of the global batch, on every device; -1 where there is none.
+  """
+  queries, bank, index = _as_data(features, bank, index, axis_name)
+  below = None
+  if semi:
+    below = _positive(queries, bank, index, axis_name)[1]
+    below = below if axis_name is None else lax.psum(below, axis_name)
+  similarity, row = neighbors.nearest(queries, bank, index, below, k=1, axis_name=axis_name,
+                                      num_rows=num_rows)
+  return jnp.where(jnp.isfinite(similarity), row, -1)
+
+
+@functools.partial(jax.jit, static_argnames=('margin', 'axis_name', 'num_rows', 'most_held'))
+def triplet_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'],
+                 noise_index: Int[Array, '*B M'], *, margin: float, axis_name: str | None = None,
+                 num_rows: int | None = None, most_held: int = _MOST_HELD) -> Float[Array, ' B']:
+  """The triplet loss on cosines: an image's own row is to be nearer than others, by a margin.
+
+      loss_i = mean_m max(0, margin + V_m·v_i - V_i·v_i)
+
+  Args:
+    features: [B, D] unit-norm.
+    bank: [N, D], or the local shard.
+    index: [B] int.
+    noise_index: [B, M] or [M] int, the negatives, of the global batch when `axis_name` is given;
+      -1 for none, which counts as a loss of 0.
+    margin: in cosines.
+    axis_name: mesh axis, or None.
+    num_rows: unused; all losses share one signature.
+    most_held: scores, or values of noise rows, held at once.
+
+  Returns:
+    [B].
+  """
+  del num_rows
+  queries, bank, index = _as_queries(features, bank, index, 1.0, axis_name)
+  positive, similarity = _positive(queries, bank, index, axis_name)
+  if axis_name is not None:
+    similarity = lax.psum(similarity, axis_name)
+
+  def sums(noise, similarity):
+    excess = margin + noise.logit - similarity[:, None]
+    wrong = noise.owned & (excess > 0)
+    return (jnp.where(wrong, excess, 0).sum(axis=1), wrong.sum(axis=1, dtype=queries.dtype),
+            noise.weigh(wrong.astype(queries.dtype)))
+
+  loss, wrong, weighted = _over_noise(sums, bank, noise_index, axis_name, most_held,
+                                      (queries, similarity))
+  if axis_name is not None:
+    wrong = lax.psum(wrong, axis_name)
+  loss, gradient = _to_owner((loss, weighted - wrong[:, None] * positive), axis_name)
+  count = noise_index.shape[-1]
+  return _with_gradient(loss / count, gradient / count, features)
 
 
 def class_weights_gradient(features: Float[Array, 'B D'], weights: Float[Array, 'N D'],
@@ -330,9 +480,15 @@ def _to_owner(partials, axis_name):
   if axis_name is None:
     return partials
   scalar, vector = partials
-  packed = lax.psum_scatter(jnp.concatenate([scalar[:, None], vector], axis=1), axis_name,
-                            scatter_dimension=0, tiled=True)
+  packed = _to_owners(jnp.concatenate([scalar[:, None], vector], axis=1), axis_name)
   return packed[:, 0], packed[:, 1:]
+
+
+def _to_owners(partial, axis_name):
+  """[B, F] summed over devices; each keeps its own part of the batch."""
+  if axis_name is None:
+    return partial
+  return lax.psum_scatter(partial, axis_name, scatter_dimension=0, tiled=True)
 
 
 def _own(x, features, axis_name):

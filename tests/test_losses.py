@@ -26,6 +26,23 @@ def _inputs(num_noise, seed=0):
   return features, bank, index, noise_index
 
 
+def _near(count):
+  """[B, K] rows that are not an image's own, none of them for one image and few for another."""
+  near = (_inputs(1)[2][:, None] + 1 + 3 * np.arange(count)) % N
+  near[3], near[4, 1:] = -1, -1
+  return near
+
+
+def _softmax_with_near(count):
+  near = _near(count)
+  return (lambda f, b, i, **kwargs: losses.softmax_loss(f, b, i, near=jnp.asarray(near), **kwargs),
+          lambda f, b, i, t: twins.positives(f, b, i, near, t)[:2], 0, {})
+
+
+def _triplet(features, bank, index, noise_index, temperature, **kwargs):
+  return losses.triplet_loss(features, bank, index, noise_index, margin=0.3, **kwargs)
+
+
 CASES = {
     'softmax': (losses.softmax_loss, twins.softmax, 0, {}),
     'softmax_by_cudnn': (functools.partial(losses.softmax_loss, kernel='cudnn'), twins.softmax, 0,
@@ -36,6 +53,10 @@ CASES = {
     'nce_by_gather': (losses.nce_loss, twins.nce, 1, {'normalizer': NORMALIZER}),
     'sampled_by_matmul': (losses.sampled_softmax_loss, twins.sampled_softmax, 40, {}),
     'sampled_by_gather': (losses.sampled_softmax_loss, twins.sampled_softmax, 1, {}),
+    'near_by_matmul': _softmax_with_near(20),
+    'near_by_gather': _softmax_with_near(2),
+    'triplet_by_matmul': (_triplet, lambda *args: twins.triplet(*args[:4], 0.3), 40, {}),
+    'triplet_by_gather': (_triplet, lambda *args: twins.triplet(*args[:4], 0.3), 1, {}),
     'proximal': (losses.proximal_penalty, lambda f, b, i, temperature: twins.proximal(f, b, i), 0,
                  {}),
 }
@@ -254,3 +275,76 @@ def test_sampled_losses_hold_little_at_once(num_noise, shared, most_held):
     expected = jax.value_and_grad(lambda f: call(f, *arrays[1:]).sum())(arrays[0])
     for part, whole in zip(found, expected):
       np.testing.assert_allclose(part, whole, rtol=1e-5, atol=1e-5)
+
+
+def _two_views(num_devices, count, dtype):
+  """(loss, gradient in features, in the other views): by the twin, and by the package."""
+  features, bank, index, _ = _inputs(1)
+  other = twins.unit_rows(np.random.default_rng(5), B, D) + 2 * features
+  other /= np.linalg.norm(other, axis=1, keepdims=True)
+  near = _near(count) if count else np.full((B, 1), -1)
+  expected = twins.positives(features, bank, index, near, TEMPERATURE, other)
+  near = jnp.asarray(near) if count else None
+  arrays = [jnp.asarray(x, dtype) for x in (features, other, bank)] + [jnp.asarray(index)]
+
+  def both(features, other, bank, index, **kwargs):
+    loss = functools.partial(losses.softmax_loss, temperature=TEMPERATURE, near=near, **kwargs)
+    value, pull = jax.vjp(lambda f, g: loss(f, bank, index, other=g), features, other)
+    return value, *pull(jnp.ones_like(value))
+
+  if num_devices:
+    local = P(mesh_lib.AXIS)
+    both = jax.jit(jax.shard_map(
+        functools.partial(both, axis_name=mesh_lib.AXIS, num_rows=N), out_specs=local,
+        mesh=mesh_lib.make(jax.devices()[:num_devices]), in_specs=(local,) * 4))
+    arrays[2] = mesh_lib.pad_rows(arrays[2], num_devices)
+  return expected, both(*arrays)
+
+
+@pytest.mark.parametrize('count', [0, 2, 20])
+def test_two_views_equal_the_twin_on_any_number_of_devices(count):
+  with jax.enable_x64(True):
+    for num_devices in (None, 1, 2, 4, 8):
+      for expected, found in zip(*_two_views(num_devices, count, jnp.float64)):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-11)
+  for expected, found in zip(*_two_views(8, count, jnp.float32)):
+    np.testing.assert_allclose(found, expected, rtol=3e-5, atol=3e-5)
+
+
+def test_two_views_stay_finite_where_the_own_row_has_all_the_weight():
+  bank = np.eye(8, D, dtype=np.float32)
+  fn = lambda f, g: losses.softmax_loss(f, bank, jnp.arange(8), temperature=0.02, other=g).sum()
+  for other in (bank, bank[::-1]):
+    loss, grads = jax.value_and_grad(fn, (0, 1))(jnp.asarray(bank), jnp.asarray(other))
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+def test_mined_rows_are_the_most_similar_others(num_devices):
+  features, bank, index, _ = _inputs(1)
+  score = features @ bank.T
+  own = score[np.arange(B), index]
+  score[np.arange(B), index] = -np.inf
+  ranked = np.argsort(-score, axis=1)
+  below = np.argmax(np.where(score < own[:, None], score, -np.inf), axis=1)
+  below[own <= np.sort(score, axis=1)[:, 1]] = -1  # none is less similar
+  arrays = features.astype('f4'), bank.astype('f4'), jnp.asarray(index)
+  for fn, expected in (
+      (functools.partial(losses.nearest, count=7), ranked[:, :7]),
+      (functools.partial(losses.hardest, semi=False), ranked[:, :1]),
+      (functools.partial(losses.hardest, semi=True), below[:, None])):
+    if num_devices is None:
+      found = fn(*arrays)
+    else:
+      local = P(mesh_lib.AXIS)
+      found = jax.jit(jax.shard_map(
+          functools.partial(fn, axis_name=mesh_lib.AXIS, num_rows=N), mesh=mesh_lib.make(),
+          in_specs=(local,) * 3, out_specs=P(), check_vma=False))(
+              arrays[0], mesh_lib.pad_rows(arrays[1], 8), arrays[2])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_without_a_less_similar_row_there_is_no_semi_hard_one():
+  bank = np.eye(4, D, dtype=np.float32)
+  features = -bank  # the own row is the farthest
+  assert losses.hardest(features, bank, jnp.arange(4), semi=True).tolist() == [[-1]] * 4

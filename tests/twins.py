@@ -14,6 +14,36 @@ def softmax(features, bank, index, temperature):
   return np.array(losses), np.array(grads)
 
 
+def positives(features, bank, index, near, temperature, other=None):
+  """(loss [B], gradients in features and in other) of the softmax with several positives."""
+  losses, grads, other_grads = [], np.zeros_like(features), np.zeros_like(features)
+  for b, (v, i) in enumerate(zip(features, index)):
+    chosen = [i, *(j for j in near[b] if j >= 0)]
+    total = 0.0
+    for view in (None,) if other is None else (None, other[b]):
+      rows = bank.copy()
+      if view is not None:
+        rows[i] = view
+      p = np.exp(rows @ v / temperature)
+      q = p[chosen] / p[chosen].sum()
+      total += np.log(p.sum()) - np.log(p[chosen].sum())
+      grads[b] += (p / p.sum() @ rows - q @ rows[chosen]) / temperature
+      if view is not None:
+        other_grads[b] += (p[i] / p.sum() - q[0]) * v / temperature
+    losses.append(total)
+  return np.array(losses), grads, other_grads
+
+
+def triplet(features, bank, index, noise_index, margin):
+  losses, grads = [], []
+  for v, i, noise in zip(features, index, noise_index):
+    excess = [margin + bank[j] @ v - bank[i] @ v if j >= 0 else 0.0 for j in noise]
+    losses.append(np.mean(np.maximum(excess, 0)))
+    grads.append(sum((bank[j] - bank[i] for j, e in zip(noise, excess) if e > 0),
+                     np.zeros_like(v)) / len(noise))
+  return np.array(losses), np.array(grads)
+
+
 def class_weights_gradient(features, weights, index, temperature):
   """[N, D], of the mean over images: one image at a time."""
   gradient = np.zeros_like(weights)
