@@ -6,6 +6,8 @@
 `--config=configs/imagenet.py:PRESET[,PRESET]` changes the encoder or the loss:
 
     resnet18, alexnet, vgg16     the other encoders of the paper
+    vit_s16, vit_b16             vision transformers, by AdamW with warm-up
+    convnext_t                   ConvNeXt-T, likewise
     softmax                      the exact softmax over all 1,281,167 images
     sampled                      cross-entropy with 65,536 noise samples, the published update
 
@@ -18,11 +20,24 @@ here.
 from instdisc_jax import config as config_lib
 from instdisc_jax.runtime import errors
 
+
+def _modern(name):
+  """A preset of an encoder that SGD does not train well."""
+  def change(config):
+    config.model.name = name
+    config.optimizer.update(name='adamw', learning_rate=1e-4, weight_decay=0.05, schedule='cosine',
+                            warmup_epochs=10.0)
+  return change
+
+
 _PRESETS = {
     'resnet50': lambda config: config.model.update(name='resnet50'),
     'resnet18': lambda config: config.model.update(name='resnet18'),
     'alexnet': lambda config: config.model.update(name='alexnet'),
     'vgg16': lambda config: config.model.update(name='vgg16'),
+    'vit_s16': _modern('vit_s16'),
+    'vit_b16': _modern('vit_b16'),
+    'convnext_t': _modern('convnext_t'),
     'nce': lambda config: config.loss.update(name='nce', noise_count=4096),
     'softmax': lambda config: config.loss.update(name='softmax'),
     'sampled': lambda config: config.loss.update(name='sampled_softmax', noise_count=65536),

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from instdisc_jax.linalg import normalize
 
-__all__ = ['LARGEST_NORM', 'count_local_rows', 'count_padding', 'gather', 'init', 'locate', 'noise',
-           'normalize', 'shared_noise', 'update']
+__all__ = ['LARGEST_NORM', 'count_local_rows', 'count_padding', 'gather', 'init', 'locate', 'move',
+           'noise', 'normalize', 'shared_noise', 'update']
 
 LARGEST_NORM = 3**0.5  # of a row: D entries of the uniform start at their bound; 1 once updated
 
@@ -49,6 +49,13 @@ def init(key: Key[Array, ''], num_rows: int, dim: int, *, unit: bool = False,
 
 def update(bank: Float[Array, 'N D'], index: Int[Array, ' B'], features: Float[Array, 'B D'], *,
            momentum: float, axis_name: str | None = None) -> Float[Array, 'N D']:
+  """The bank after `move`."""
+  return move(bank, index, features, momentum=momentum, axis_name=axis_name)[0]
+
+
+def move(bank: Float[Array, 'N D'], index: Int[Array, ' B'], features: Float[Array, 'B D'], *,
+         momentum: float,
+         axis_name: str | None = None) -> tuple[Float[Array, 'N D'], Float[Array, '']]:
   """Moves the batch's rows toward its features: V_i <- normalize(m V_i + (1 - m) v_i).
 
   Every new row is computed from the bank before the update. If an index occurs more than once in
@@ -62,17 +69,22 @@ def update(bank: Float[Array, 'N D'], index: Int[Array, ' B'], features: Float[A
     axis_name: mesh axis over which rows and batch are sharded.
 
   Returns:
-    The bank with those rows replaced, in the bank's own dtype.
+    (the bank with those rows replaced, in its own dtype; the alignment of the batch, the mean of
+    ‖v_i - V_i‖² over the rows before).
   """
   index, features = gather((index, features), axis_name)
   slots = jnp.arange(index.size)
   overwritten = jnp.any((index[:, None] == index) & (slots[:, None] < slots), axis=1)
   local, owned = locate(bank, index, axis_name)
-  rows = normalize(momentum * bank[local].astype(features.dtype) + (1 - momentum) * features)
+  before = bank[local].astype(features.dtype)
+  rows = normalize(momentum * before + (1 - momentum) * features)
   # Rows of other devices, and rows that a later occurrence writes, go to distinct places past the
   # end, where they are dropped.
   target = jnp.where(owned & ~overwritten, local, bank.shape[0] + slots)
-  return bank.at[target].set(rows.astype(bank.dtype), mode='drop', unique_indices=True)
+  distance = jnp.sum(jnp.where(owned[:, None], (features - before)**2, 0)) / index.size
+  if axis_name is not None:
+    distance = lax.psum(distance, axis_name)
+  return bank.at[target].set(rows.astype(bank.dtype), mode='drop', unique_indices=True), distance
 
 
 def noise(key: Key[Array, ''], step: Int[Array, ''] | int, index: Int[Array, ' B'],

@@ -17,11 +17,12 @@ from instdisc_jax.runtime import errors
 Config: TypeAlias = Any  # a `ConfigDict`, whose settings no type checker knows
 
 # A test checks these against the models and losses.
-MODELS = ('alexnet', 'resnet10', 'resnet101', 'resnet101_cifar', 'resnet10_cifar', 'resnet18',
-          'resnet18_cifar', 'resnet34', 'resnet34_cifar', 'resnet50', 'resnet50_cifar', 'vgg16',
-          'vgg16_bn')
-SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32}  # in pixels; any side for the others
-LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax')
+MODELS = ('alexnet', 'convnext_t', 'resnet10', 'resnet101', 'resnet101_cifar', 'resnet10_cifar',
+          'resnet18', 'resnet18_cifar', 'resnet34', 'resnet34_cifar', 'resnet50', 'resnet50_cifar',
+          'vgg16', 'vgg16_bn', 'vit_b14', 'vit_b16', 'vit_s14', 'vit_s16', 'vit_t4')
+SMALLEST_SIDE = {'alexnet': 63, 'vgg16': 32, 'vgg16_bn': 32, 'convnext_t': 32, 'vit_t4': 4,
+                 'vit_s16': 16, 'vit_b16': 16, 'vit_s14': 14, 'vit_b14': 14}  # in pixels; else any
+LOSSES = ('softmax', 'nce', 'sampled_softmax', 'parametric_softmax', 'triplet')
 SAMPLED_LOSSES = ('nce', 'sampled_softmax')
 _DTYPES = ('float32', 'bfloat16', 'float64')
 MOST_ROWS = 2**31 - 1  # row indices are int32
@@ -68,7 +69,7 @@ class Setting:
 
 
 def _one_of(*values):
-  words = ', '.join(values[:-1]) + f' or {values[-1]}'
+  words = ', '.join(map(str, values[:-1])) + f' or {values[-1]}'
   return Limit(lambda v: v in values, words)
 
 
@@ -129,6 +130,8 @@ SETTINGS = (
     Setting('model.name', 'resnet18_cifar', 'the encoder', _one_of(*MODELS)),
     Setting('model.width', 64, 'channels of the first stage', _at_least(1)),
     Setting('model.embedding_dim', 128, 'D, the size of the embedding', _at_least(1)),
+    Setting('model.head', 'linear', 'from pooled features to the embedding: a linear layer, or '
+            'two with a ReLU between them', _one_of('linear', 'mlp')),
     Setting('model.sync_batch_norm', False, 'compute batch statistics over all devices instead of '
             'per device'),
     Setting('model.init', None, 'weights to start from: a file or the workdir of a run', kind=str),
@@ -140,13 +143,22 @@ SETTINGS = (
 
     Setting('loss.name', 'softmax', 'the loss', _one_of(*LOSSES)),
     Setting('loss.temperature', 0.1, 'temperature τ', _ABOVE_ZERO),
-    Setting('loss.noise_count', 4096, 'M, noise samples per image for nce and sampled_softmax',
-            _at_least(1)),
+    Setting('loss.noise_count', 4096, 'M, noise samples per image for nce, sampled_softmax and '
+            'a triplet of sampled rows', _at_least(1)),
     Setting('loss.shared_noise', False, 'share one draw of M rows per step among all images'),
     Setting('loss.normalizer', 'first_batch', 'Z of nce: estimated from the first batch, an '
             'exponential moving average, or a number', _NORMALIZER),
     Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
     Setting('loss.proximal_weight', 0.0, 'weight λ of the proximal term', _NON_NEGATIVE),
+    Setting('loss.views', 1, 'views of each image per step; the second one is a positive too, with '
+            'softmax', _one_of(1, 2)),
+    Setting('loss.neighbors', 0, 'rows nearest to a feature that are positives too, with softmax',
+            _at_least(0)),
+    Setting('loss.neighbors_from_epoch', 10, 'epoch from which they are', _NON_NEGATIVE),
+    Setting('loss.margin', 0.2, 'margin of triplet, in cosines', _within(0, 2)),
+    Setting('loss.mining', 'semi_hard', 'the negatives of triplet: the most similar row, the most '
+            'similar below the own row, or sampled rows',
+            _one_of('hardest', 'semi_hard', 'sampled')),
     Setting('loss.kernel', 'auto', 'how softmax passes over the bank: xla (anywhere), cudnn '
             '(NVIDIA, 16 bits), pallas (TPU), or auto', _one_of('auto', 'xla', 'cudnn', 'pallas'),
             changeable=True),
@@ -158,10 +170,13 @@ SETTINGS = (
     Setting('bank.init', 'uniform', 'initial rows: as published, or random unit vectors',
             _one_of('uniform', 'unit')),
 
-    Setting('optimizer.learning_rate', 0.03, 'learning rate of SGD, before any decay', _ABOVE_ZERO),
-    Setting('optimizer.momentum', 0.9, 'momentum of SGD',
+    Setting('optimizer.name', 'sgd', 'the optimizer: sgd with momentum, as published, or adamw',
+            _one_of('sgd', 'adamw')),
+    Setting('optimizer.learning_rate', 0.03, 'learning rate, before any decay', _ABOVE_ZERO),
+    Setting('optimizer.momentum', 0.9, 'momentum of sgd, β1 of adamw',
             Limit(lambda v: 0 <= v < 1, 'at least 0 and below 1')),
-    Setting('optimizer.weight_decay', 5e-4, 'weight decay of all parameters', _NON_NEGATIVE),
+    Setting('optimizer.weight_decay', 5e-4, 'weight decay: of all parameters with sgd, of kernels '
+            'with adamw', _NON_NEGATIVE),
     Setting('optimizer.schedule', 'milestones', 'step decay at the milestones, or linear warm-up '
             'and cosine decay to 0', _one_of('milestones', 'cosine')),
     Setting('optimizer.warmup_epochs', 0.0, 'warm-up of the cosine schedule, in epochs',
@@ -235,6 +250,11 @@ def default() -> Config:
   return config
 
 
+def draws_noise(loss: Config) -> bool:
+  """Whether a loss, given by its settings, draws noise samples."""
+  return loss.name in SAMPLED_LOSSES or (loss.name, loss.mining) == ('triplet', 'sampled')
+
+
 def changeable(settings: Mapping[str, Any]) -> frozenset[str]:
   """The settings that may change when a run with these `settings` (see `flatten`) is resumed."""
   keys = {setting.key for setting in SETTINGS if setting.changeable}
@@ -267,6 +287,14 @@ def validate(config: Config) -> None:
       raise errors.UserError(
           f'{key} is float64, which needs JAX_ENABLE_X64=1 in the environment', setting=key,
           remedy=f'set that, or <{key}>=float32')
+  for key in ('loss.views', 'loss.neighbors'):
+    if found[key] != _BY_KEY[key].default and config.loss.name != 'softmax':
+      raise errors.UserError(f'{key} is {found[key]}',
+                             f'{_BY_KEY[key].default} for loss.name={config.loss.name}',
+                             f'set <{key}>={_BY_KEY[key].default}, or <loss.name>=softmax', key)
+  if config.optimizer.name == 'adamw' and config.loss.name == 'parametric_softmax':
+    raise errors.UserError('optimizer.name is adamw', 'sgd for loss.name=parametric_softmax',
+                           'set <optimizer.name>=sgd', 'optimizer.name')
   if (config.optimizer.schedule == 'cosine' and config.epochs is not None
       and config.optimizer.warmup_epochs >= config.epochs):
     raise errors.UserError(
@@ -375,6 +403,11 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
     raise errors.UserError(
         f'batch_size is {config.batch_size}', f'a multiple of the {num_devices} devices{times}',
         setting='batch_size', remedy=f'set <batch_size>={-(-config.batch_size // parts) * parts}')
+  if config.loss.neighbors >= num_rows:
+    raise errors.UserError(
+        f'loss.neighbors is {config.loss.neighbors}',
+        f'fewer than the {num_rows} training images', setting='loss.neighbors',
+        remedy=f'set <loss.neighbors>={min(5, num_rows - 1)}')
   if config.knn.neighbors > num_rows:
     raise errors.UserError(
         f'knn.neighbors is {config.knn.neighbors}', f'at most the {num_rows} training images',

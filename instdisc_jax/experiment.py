@@ -97,7 +97,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     trace = closing(profiling.Trace(workdir, config.profile_steps))
     with contextlib.closing(feed):
       state = loop.fit(state, setup, feed, plan=plan, checkpoints=checkpoints, monitor=monitor,
-                       trace=trace, watch=watch, evaluate=evaluator.from_bank)
+                       trace=trace, watch=watch, evaluate=evaluator.during_training)
     untrained = lambda: start().replace(bank=None, classifier=None, opt_state=None)
     summary = summary_lib.finish(workdir, setup, dataset, evaluator, (untrained, state),
                                  monitor.timer.mean(), wall_clock)

@@ -97,3 +97,19 @@ def test_noise_is_the_same_for_any_device_count(noise_count):
   expected = bank_lib.noise(jax.random.key(0), 2, index, noise_count, 101)
   for draw in draws:
     np.testing.assert_array_equal(draw, expected)
+
+
+@pytest.mark.parametrize('num_devices', [None, 8])
+def test_the_alignment_is_the_mean_distance_from_the_rows_before(num_devices):
+  random = np.random.default_rng(0)
+  bank, features = twins.unit_rows(random, 29, 6), twins.unit_rows(random, 16, 6)
+  index = random.integers(0, 29, 16)
+  arrays = jnp.asarray(bank, 'f4'), index, jnp.asarray(features, 'f4')
+  fn = functools.partial(bank_lib.move, momentum=0.5)
+  if num_devices:
+    local = P(mesh_lib.AXIS)
+    fn = jax.jit(jax.shard_map(functools.partial(fn, axis_name=mesh_lib.AXIS), mesh=mesh_lib.make(),
+                               in_specs=local, out_specs=(local, P())))
+    arrays = mesh_lib.pad_rows(arrays[0], 8), *arrays[1:]
+  expected = ((features - bank[index])**2).sum(axis=1).mean()
+  np.testing.assert_allclose(fn(*arrays)[1], expected, rtol=1e-5)

@@ -86,7 +86,7 @@ def test_settings_survive_json():
 
 @pytest.mark.parametrize('key, value', [
     ('seed', -1), ('batch_size', 0), ('epochs', 0), ('model.name', 'resnet19'), ('model.width', 0),
-    ('model.dtype', 'float16'), ('model.dtype', 'float64'), ('loss.name', 'triplet'),
+    ('model.dtype', 'float16'), ('model.dtype', 'float64'), ('loss.name', 'contrastive'),
     ('loss.temperature', -0.1), ('loss.temperature', float('nan')), ('loss.noise_count', 0),
     ('loss.normalizer', 'none'), ('loss.normalizer', '-3'), ('loss.proximal_weight', -1.0),
     ('bank.momentum', 1.5), ('bank.init', 'zeros'), ('optimizer.learning_rate', 0.0),
@@ -104,8 +104,8 @@ def test_a_value_out_of_range_is_named_with_what_it_must_be(key, value):
 
 def test_unknown_and_missing_settings_are_named():
   config = config_lib.default()
-  config.loss.margin = 1
-  with pytest.raises(errors.UserError, match="unknown setting 'loss.margin'"):
+  config.loss.weight = 1
+  with pytest.raises(errors.UserError, match="unknown setting 'loss.weight'"):
     config_lib.validate(config)
   config = config_lib.default()
   del config.loss['temperature']

@@ -8,7 +8,7 @@ A feed's batch is a function of (seed, step) alone: the chain of `order.py`, and
 `views.py`. So any number of processes and workers yields the same batches, and a run can resume at
 any step without any saved iterator state. Inside the mapped step, `take` picks a batch from what
 `at` has placed on the devices; a batch holds 'index', and either 'image' or, if the host has
-already cropped the images, 'view'.
+already cropped the images, 'view', with an axis of two views where `loss.views` is 2.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,8 +66,8 @@ def like(config: config_lib.Config, num_rows: int, image_shape: tuple[int, ...] 
   if config.dataset.path == 'resident' and image_shape is not None:
     feed, images, batches = Resident, (num_rows, *image_shape), _per_dispatch(config, mesh)
   else:
-    side = views.Crop.of(config, image_shape).side
-    feed, images, batches = Stream, (config.batch_size, side, side, 3), 1
+    crop = views.Crop.of(config, image_shape)
+    feed, images, batches = Stream, (config.batch_size, *crop.shape), 1
   place = lambda shape, dtype, spec: jax.ShapeDtypeStruct(
       shape, dtype, sharding=NamedSharding(mesh, spec))
   return feed, (place(images, np.uint8, feed.specs[0]),
@@ -93,7 +93,7 @@ def make(config: config_lib.Config, images: images_lib.Images, mesh: jax.shardin
     return Resident(images, mesh, chain, _per_dispatch(config, mesh))
   crop = views.Crop.of(config, images.shape)
   if config.dataset.name.startswith('fake:'):
-    return Fake(mesh, chain, crop.side)
+    return Fake(mesh, chain, crop.shape)
   return Stream(images, mesh, crop, chain, last_step, num_workers(config.dataset.workers))
 
 
@@ -163,7 +163,7 @@ class Stream:
     self._step = -1
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
-    """(views [B, side, side, 3] uint8, index [1, B]) of the batch at `step`, on the devices."""
+    """(views [B, *crop.shape] uint8, index [1, B]) of the batch at `step`, on the devices."""
     if step != self._step or self._batches is None:
       self.close()
       self._batches = in_background(self._load, step, self._last_step, self._workers)
@@ -189,7 +189,7 @@ class Stream:
 
 def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, chain: order.Chain,
                slots: Int[np.ndarray, ' b']
-               ) -> tuple[UInt8[np.ndarray, 'b side side 3'], Int[np.ndarray, ' b']]:
+               ) -> tuple[UInt8[np.ndarray, 'b ... 3'], Int[np.ndarray, ' b']]:
   """This process's part of the batch at a step.
 
   Args:
@@ -200,7 +200,7 @@ def load_batch(step: int, *, images: images_lib.Images, crop: views.Crop, chain:
     slots: [b] places in the batch that belong to this process.
 
   Returns:
-    (views [b, side, side, 3] uint8, index [b] int32).
+    (views [b, *crop.shape] uint8, index [b] int32).
 
   Raises:
     errors.UserError: an image cannot be read.
@@ -216,7 +216,7 @@ class Fake:
   Args:
     mesh: the device mesh.
     chain: the order of the images.
-    side: side of the views.
+    shape: of the views of an image.
 
   Attributes:
     per_dispatch: 1.
@@ -226,14 +226,13 @@ class Fake:
   specs = Stream.specs
   take = staticmethod(Stream.take)
 
-  def __init__(self, mesh: jax.sharding.Mesh, chain: order.Chain, side: int):
+  def __init__(self, mesh: jax.sharding.Mesh, chain: order.Chain, shape: tuple[int, ...]):
     self._mesh, self._chain = mesh, chain
-    draw = lambda: jax.random.bits(jax.random.key(chain.seed), (chain.batch_size, side, side, 3),
-                                   'uint8')
+    draw = lambda: jax.random.bits(jax.random.key(chain.seed), (chain.batch_size, *shape), 'uint8')
     self._images = jax.jit(draw, out_shardings=NamedSharding(mesh, P(mesh_lib.AXIS)))()
 
   def at(self, step: int) -> tuple[jax.Array, jax.Array]:
-    """(images [B, side, side, 3] uint8, index [1, B])."""
+    """(views [B, *shape] uint8, index [1, B])."""
     index, total = self._chain.batch(step), self._chain.batch_size
     return self._images, mesh_lib.place_local(index, self._mesh, np.arange(total), total, lead=1)
 

@@ -1,7 +1,8 @@
 """The views of an image: the single definition of crops and colors.
 
     training      image i at place p in the chain of images gets a random view, drawn with the key
-                  (seed, p, i); the host may crop it, the device does the rest
+                  (seed, p, i), and a second one with (seed, p, i, 1) if `loss.views` is 2; the host
+                  may crop them, the device does the rest
     evaluation    the central view
 
 The training step, the host's readers, `preview`, fine-tuning and evaluation all use this module.
@@ -34,10 +35,12 @@ def size(config: config_lib.Config, image_shape: tuple[int, ...] | None) -> tupl
   return image_shape[0], image_shape[1]
 
 
-def key(seed: int, place: UInt[Array, ' B'], index: Int[Array, ' B']) -> Key[Array, ' B']:
-  """The key of each image's view: image `index` at `place` in the chain of images."""
+def key(seed: int, place: UInt[Array, ' B'], index: Int[Array, ' B'],
+        view: int = 0) -> Key[Array, ' B']:
+  """The key of each image's view, 0 or 1: image `index` at `place` in the chain of images."""
   fold = jax.vmap(jax.random.fold_in, (None, 0))(threefry.key(seed, threefry.AUGMENT), place)
-  return jax.vmap(jax.random.fold_in)(fold, index)
+  keys = jax.vmap(jax.random.fold_in)(fold, index)
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, view) if view else keys
 
 
 def draw(config: config_lib.Config, key: Key[Array, ' B'], images: UInt8[Array, 'B H W 3'], *,
@@ -67,22 +70,38 @@ class Crop:
     side: side of the views in pixels.
     scale: see `crops.draw_crop`.
     ratio: likewise.
+    views: of each image, 1 or 2.
   """
   seed: int
   side: int
   scale: tuple[float, float]
   ratio: tuple[float, float]
+  views: int = 1
 
   @classmethod
   def of(cls, config: config_lib.Config, image_shape: tuple[int, ...] | None) -> 'Crop':
     """The crops of a run whose views are square."""
     return cls(config.seed, size(config, image_shape)[0], tuple(config.augment.crop_scale),
-               tuple(config.augment.crop_ratio))
+               tuple(config.augment.crop_ratio), config.loss.views)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the crops of an image."""
+    return (self.views, self.side, self.side, 3)[self.views == 1:]
 
   def __call__(self, images: images_lib.Images, place: Int[np.ndarray, ' b'],
-               index: Int[np.ndarray, ' b']) -> UInt8[np.ndarray, 'b side side 3']:
-    """The crops of the images `index` at the places `place`; raises `errors.UserError`."""
-    drawn = threefry.uniform(self.seed, (threefry.AUGMENT, place, index), crops.DRAWS)
+               index: Int[np.ndarray, ' b']) -> UInt8[np.ndarray, 'b ... 3']:
+    """The crops of the images `index` at the places `place`; raises `errors.UserError`.
+
+    Returns:
+      [b, side, side, 3], or [b, 2, side, side, 3] if there are two views.
+    """
+    first, *second = (self._view(images, place, index, view) for view in range(self.views))
+    return np.stack([first, *second], axis=1) if second else first
+
+  def _view(self, images, place, index, view):
+    folded = (threefry.AUGMENT, place, index, view)[:4 if view else 3]
+    drawn = threefry.uniform(self.seed, folded, crops.DRAWS)
     boxes = functools.partial(crops.draw_crop, drawn, crop_scale=self.scale, crop_ratio=self.ratio)
     return np.stack(list(images.views(index, boxes, self.side)))
 

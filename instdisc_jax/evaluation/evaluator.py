@@ -10,7 +10,7 @@ import numpy as np
 from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import views
-from instdisc_jax.evaluation import embedding, figures, knn, two_views
+from instdisc_jax.evaluation import embedding, figures, geometry, knn, two_views
 from instdisc_jax.runtime import distributed, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training.state import Setup, TrainState
@@ -49,6 +49,7 @@ class Evaluator:
     k = num_searched(config, setup.num_rows - (self._own_row is not None))
     self._nearest = knn.over_mesh(mesh, k, setup.num_rows, config.knn.recall_target)
     self._exact = knn.over_mesh(mesh, k, setup.num_rows)
+    self._geometry = geometry.of_bank(mesh, setup.num_rows)
 
   def embed(self, state: TrainState, images: data.Images) -> Float[np.ndarray, 'n D']:
     """Embeddings of any images."""
@@ -59,6 +60,12 @@ class Evaluator:
     """Yields the embeddings of any images, in order, some at a time."""
     for part in self._engine.run(_variables(state), images):
       yield part[embedding.EMBEDDING]
+
+  def during_training(self, state: TrainState) -> dict[str, float]:
+    """What metrics.jsonl has of the bank: its geometry, and 'knn_top1' where there are labels."""
+    uniformity, rank = map(float, self._geometry(state.bank))
+    found, top1 = {'uniformity': uniformity, 'effective_rank': rank}, self.from_bank(state)
+    return found if top1 is None else found | {'knn_top1': top1}
 
   def from_bank(self, state: TrainState) -> float | None:
     """kNN top-1 of the queries against the bank's current rows, or None without labels."""

@@ -1,10 +1,18 @@
 """Distribution of the embeddings on the sphere, and staleness of the memory bank."""
 
+from typing import Any
+
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 import numpy as np
 
+from instdisc_jax import bank as bank_lib
+from instdisc_jax.runtime.mesh import AXIS
+
+_SAMPLE = 1024  # rows of the bank that are looked at during training
 _PAIRS = 4096  # maximum number of images for uniformity; beyond it, a seeded sample
 
 
@@ -76,6 +84,30 @@ def effective_rank(embedding: Float[np.ndarray, 'N D']) -> float:
   share = np.linalg.svd(embedding, compute_uv=False)
   share = share[share > 0] / share.sum()
   return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def of_bank(mesh: jax.sharding.Mesh, num_rows: int) -> Any:
+  """`uniformity` and `effective_rank` of up to 1,024 rows, evenly spaced, on the devices.
+
+  Args:
+    mesh: the device mesh.
+    num_rows: N.
+
+  Returns:
+    A jitted (sharded bank) -> (uniformity, effective rank).
+  """
+  chosen = np.linspace(0, num_rows - 1, min(_SAMPLE, num_rows)).round().astype(np.int32)
+
+  def device_part(bank):
+    local, owned = bank_lib.locate(bank, jnp.asarray(chosen), AXIS)
+    rows = jnp.where(owned[:, None], bank[local].astype(jnp.float32), 0)
+    rows = bank_lib.normalize(lax.psum(rows, AXIS))
+    gram = jnp.matmul(rows.T, rows, precision='highest')
+    share = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))  # the singular values
+    share /= share.sum()
+    return _uniformity(rows), jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
+
+  return jax.jit(jax.shard_map(device_part, mesh=mesh, in_specs=P(AXIS), out_specs=P()))
 
 
 def staleness(bank: Float[np.ndarray, 'N D'], embedding: Float[np.ndarray, 'N D']) -> float:

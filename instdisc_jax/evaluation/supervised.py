@@ -102,6 +102,7 @@ def configure(config: config_lib.Config, path: str, seed: int, batch_size: int,
   config = config.copy_and_resolve_references()
   config.seed, config.batch_size, config.steps_per_dispatch = seed, batch_size, 1
   config.dataset.name = ''  # the images are given
+  config.loss.views = 1
   config.dataset.path = path
   if size[0] == size[1]:
     config.augment.size = size[0]

@@ -31,6 +31,7 @@ class Checkpoint:
   Attributes:
     model_name: the name of the encoder.
     width: channels of its first stage.
+    head: 'linear' or 'mlp'.
     embedding_dim: D.
     variables: {'params', 'batch_stats'}, float32.
     has_head: whether the head is from the file; otherwise it is fresh.
@@ -43,6 +44,7 @@ class Checkpoint:
   """
   model_name: str
   width: int
+  head: str
   embedding_dim: int
   variables: dict[str, Any]
   has_head: bool
@@ -70,7 +72,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
   encoder = layouts.find_encoder(weights, file)
   state_dict = _with_head(encoder, embedding_dim)
   variables = _to_variables(state_dict, encoder.name)
-  embedding_dim = len(state_dict['fc.bias'])
+  head, embedding_dim = _describe(state_dict)
   if encoder.head is None:
     bank = None  # it was computed with a head that the file lacks
   if bank is not None:
@@ -83,7 +85,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
   if encoder.head is None or not momentum.keys() <= state_dict.keys():
     momentum = {}  # it belongs to another head, or to other layers
   return Checkpoint(
-      model_name=encoder.name, width=encoder.width, embedding_dim=embedding_dim,
+      model_name=encoder.name, width=encoder.width, head=head, embedding_dim=embedding_dim,
       variables=variables, has_head=encoder.head is not None, bank=bank,
       settings=settings | _find_views(file),
       normalizer=normalizer,
@@ -93,23 +95,32 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
 
 
 def read_encoder(file: str | os.PathLike[str],
-                 embedding_dim: int) -> tuple[str, int, int, dict[str, Any]]:
+                 embedding_dim: int, head: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """The encoder of a file in any known layout.
 
   Args:
     file: a .pth or .safetensors file, see `read`.
     embedding_dim: D of the fresh head if the file has none.
+    head: 'linear' or 'mlp', the kind of that head.
 
   Returns:
-    (model name, width, D, {'params', 'batch_stats'} float32).
+    ({'model.name', 'model.width', 'model.head', 'model.embedding_dim'}, {'params', 'batch_stats'}
+    float32).
 
   Raises:
     errors.UserError: the file holds no known encoder, or its weights do not fit together.
   """
   encoder = layouts.find_encoder(layouts.find_weights(safe_pickle.read_file(file), file), file)
-  state_dict = _with_head(encoder, embedding_dim)
-  return (encoder.name, encoder.width, len(state_dict['fc.bias']),
-          _to_variables(state_dict, encoder.name))
+  state_dict = _with_head(encoder, embedding_dim, head)
+  head, embedding_dim = _describe(state_dict)
+  return ({'model.name': encoder.name, 'model.width': encoder.width, 'model.head': head,
+           'model.embedding_dim': embedding_dim}, _to_variables(state_dict, encoder.name))
+
+
+def _describe(state_dict):
+  """(kind of the head, D) of complete weights."""
+  head = layouts.head_of(state_dict)
+  return head, len(state_dict['fc.2.bias' if head == 'mlp' else 'fc.bias'])
 
 
 def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
@@ -120,8 +131,7 @@ def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
     workdir: the folder of a run, or one made from a checkpoint.
     file: NAME.pth or NAME.safetensors; the latter keeps size, mean and deviation of the views, and
       a workdir made from it has them.
-    with_head: whether to keep the linear layer to the embedding, as 'fc', rather than write the
-      backbone alone.
+    with_head: whether to keep the head, as 'fc', rather than write the backbone alone.
 
   Raises:
     errors.UserError: there is no checkpoint, or the file cannot be written.
@@ -160,20 +170,24 @@ def _to_variables(state_dict, model_name):
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
 
 
-def _with_head(encoder, embedding_dim):
+def _with_head(encoder, embedding_dim, kind='linear'):
   """State dict of an encoder, with a fresh head if it has none of its own."""
   head = encoder.head
   if head is None:
-    head = _fresh_head(encoder.features, embedding_dim)
+    random = np.random.default_rng(0)
+    if kind == 'mlp':
+      head = (_fresh_layer(random, '0.', encoder.features, encoder.features)
+              | _fresh_layer(random, '2.', encoder.features, embedding_dim))
+    else:
+      head = _fresh_layer(random, '', encoder.features, embedding_dim)
   return encoder.backbone | {f'fc.{leaf}': value for leaf, value in head.items()}
 
 
-def _fresh_head(features, embedding_dim):
-  """Initial values of the head, distributed as in the encoders here: U(±1/sqrt(C))."""
-  draw = np.random.default_rng(0).uniform
-  bound = features ** -0.5
-  return {'weight': draw(-bound, bound, (embedding_dim, features)).astype(np.float32),
-          'bias': draw(-bound, bound, embedding_dim).astype(np.float32)}
+def _fresh_layer(random, name, inputs, outputs):
+  """Initial values of a layer of the head, distributed as in the encoders here: U(±1/sqrt(C))."""
+  bound = inputs ** -0.5
+  draw = lambda shape: random.uniform(-bound, bound, shape).astype(np.float32)
+  return {f'{name}weight': draw((outputs, inputs)), f'{name}bias': draw(outputs)}
 
 
 def _find_views(file):

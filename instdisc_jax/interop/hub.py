@@ -15,7 +15,22 @@ import numpy as np
 from instdisc_jax.interop import safe_pickle
 from instdisc_jax.runtime import errors, files
 
-_IN_TIMM = ('resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
+_RESNET = {'first_conv': 'conv1', 'classifier': 'fc'}
+_VIT = {'first_conv': 'patch_embed.proj', 'classifier': 'head'}
+_IN_TIMM: dict[str, tuple[str, dict[str, Any], int, dict[str, str]]] = {
+    # name here: (timm's, its arguments, number of features, names of the first and last layer)
+    'resnet10': ('resnet18', {'layers': [1, 1, 1, 1]}, 512, _RESNET),
+    'resnet18': ('resnet18', {}, 512, _RESNET),
+    'resnet34': ('resnet34', {}, 512, _RESNET),
+    'resnet50': ('resnet50', {}, 2048, _RESNET),
+    'resnet101': ('resnet101', {}, 2048, _RESNET),
+    'convnext_t': ('convnext_tiny', {}, 768, {'first_conv': 'stem.0', 'classifier': 'head.fc'}),
+    'vit_t4': ('vit_tiny_patch16_224', {'img_size': 32, 'patch_size': 4}, 192, _VIT),
+    'vit_s16': ('vit_small_patch16_224', {}, 384, _VIT),
+    'vit_b16': ('vit_base_patch16_224', {}, 768, _VIT),
+    'vit_s14': ('vit_small_patch14_dinov2', {'img_size': 224}, 384, _VIT),
+    'vit_b14': ('vit_base_patch14_dinov2', {'img_size': 224}, 768, _VIT),
+}
 _SHOWN = ('dataset.name', 'epochs', 'steps', 'batch_size', 'loss.name', 'loss.temperature',
           'bank.momentum', 'optimizer.learning_rate', 'optimizer.schedule', 'augment.crop_scale',
           'augment.flip', 'seed')  # settings that the card has
@@ -58,17 +73,17 @@ def write(folder: pathlib.Path, state_dict: Mapping[str, np.ndarray], settings: 
 
 def _config(settings, side) -> dict[str, Any]:
   """timm's description of the encoder."""
-  name = settings['model.name']
-  wide = name in ('resnet50', 'resnet101')
+  architecture, arguments, features, layers = _IN_TIMM[settings['model.name']]
+  if layers is _VIT:  # for images of any size
+    arguments = {**arguments, 'dynamic_img_size': True}
   return {
-      'architecture': 'resnet18' if name == 'resnet10' else name,
-      'model_args': {'layers': [1, 1, 1, 1]} if name == 'resnet10' else {},
-      'num_classes': 0, 'num_features': 2048 if wide else 512, 'global_pool': 'avg',
+      'architecture': architecture, 'model_args': arguments, 'num_classes': 0,
+      'num_features': features, 'global_pool': 'token' if layers is _VIT else 'avg',
       'pretrained_cfg': {
           'input_size': [3, side, side], 'crop_pct': 0.875, 'interpolation': 'bilinear',
           'mean': list(settings['augment.mean']), 'std': list(settings['augment.std']),
-          'num_classes': 0, 'pool_size': [-(-side // 32)] * 2, 'first_conv': 'conv1',
-          'classifier': 'fc'}}
+          'num_classes': 0, **layers,
+          **({} if layers is _VIT else {'pool_size': [-(-side // 32)] * 2})}}
 
 
 def _card(name, settings, side, summary):

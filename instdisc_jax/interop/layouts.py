@@ -6,12 +6,17 @@ Modules of the encoders are named and numbered as in PyTorch, so most names foll
     params/layer1_0/bn1/scale [C]                 layer1.0.bn1.weight [C]
     batch_stats/layer1_0/bn1/var [C]              layer1.0.bn1.running_var [C]
     params/fc/kernel [C, D]                       fc.weight [D, C]
+    params/fc_0/kernel [C, C], of an MLP head     fc.0.weight [C, C]
+
+ResNets, AlexNet and VGG have the names of torchvision, ViT and ConvNeXt those of timm, which DINO's
+ViTs share.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from typing import Any, TypeAlias
 
@@ -22,18 +27,21 @@ import numpy as np
 
 from instdisc_jax import config as config_lib
 from instdisc_jax import models
-from instdisc_jax.models import alexnet, vgg
+from instdisc_jax.models import alexnet, vgg, vit
 from instdisc_jax.runtime import errors
 
 __all__ = ['COUNTER', 'Encoder', 'as_file_errors', 'find_encoder', 'find_weights', 'from_torch',
-           'to_torch', 'to_torchvision']
+           'head_of', 'to_torch', 'to_torchvision']
 
 COUNTER = 'num_batches_tracked'  # PyTorch's counter of training batches, which nothing reads
-_MODULES = {'downsample_conv': 'downsample.0', 'downsample_bn': 'downsample.1'}
+_MODULES = {'downsample_conv': 'downsample.0', 'downsample_bn': 'downsample.1',
+            'patch_embed_proj': 'patch_embed.proj', 'conv_dw': 'conv_dw'}
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean',
-           'var': 'running_var'}
+           'var': 'running_var'}  # others are called the same
 _POOLED = {'alexnet': alexnet.POOLED, 'vgg16': vgg.POOLED, 'vgg16_bn': vgg.POOLED}
+_IGNORED = 'mask_token'  # of DINOv2: stands for patches that are hidden in training
 _IMAGENET_CLASSES = 1000
+_MLP = {f'{i}.{leaf}' for i in (0, 2) for leaf in ('weight', 'bias')}
 _MIN_OVERLAP = 0.8  # minimum overlap of keys and kernel sizes to recognize an encoder
 
 # Location of the encoder in the files of other projects: the prefixes of its backbone and its head,
@@ -43,7 +51,9 @@ _PREFIXES = (
     ('encoder.', 'head.', '0.'),  # PyContrast
     ('_feature_blocks.', '0.clf.', '0.'),  # VISSL
     ('backbone.', 'neck.', 'fc.'),  # MMSelfSup
-    ('', 'fc.', ''),  # the published code, torchvision
+    ('', 'head.fc.', ''),  # timm's ConvNeXt
+    ('', 'head.', ''),  # timm's ViT
+    ('', 'fc.', ''),  # the published code, torchvision; DINO has none
 )
 
 _Path: TypeAlias = tuple[str, ...]  # of a leaf in the variables
@@ -59,7 +69,8 @@ class Encoder:
     width: channels of the first stage.
     features: C, inputs of the head.
     backbone: torchvision's key -> array, without the head.
-    head: {'weight' [D, C], 'bias' [D]}; None unless it is a single linear layer to an embedding.
+    head: {'weight' [D, C], 'bias' [D]}, or {'0.weight' [C, C], ..., '2.weight' [D, C], ...}; None
+      unless it is a linear layer to an embedding, or two with a ReLU.
   """
   name: str
   width: int
@@ -87,7 +98,9 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model_name: str) -> dict[st
   given = {_canonical(key): (key, np.asarray(value)) for key, value in state_dict.items()
            if not key.endswith(COUNTER)}
   width = _width(model_name, given)
-  layout = _layout(model_name, _require(given, 'fc.weight', 2).shape[0], width)
+  head = head_of(given)
+  last = 'fc.2.weight' if head == 'mlp' else 'fc.weight'
+  layout = _layout(model_name, _require(given, last, 2).shape[0], width, head)
   for key in given:
     if key not in layout:
       raise errors.UserError(f"'{given[key][0]}' is not a weight of {model_name}",
@@ -95,6 +108,9 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model_name: str) -> dict[st
   flat = {}
   for key, (path, shape) in layout.items():
     value = _require(given, key, len(shape))
+    if key == 'pos_embed' and value.shape != shape and value.shape[-1] == shape[-1]:
+      side = math.isqrt(shape[1] - 1)
+      value = np.asarray(vit.resize_positions(jnp.asarray(value), (side, side)))
     linen = _to_linen(path, value, model_name) if value.size == np.prod(shape) else value.T
     if linen.shape != shape:
       wanted = _to_torch(path, np.broadcast_to(np.float32(0), shape), model_name).shape
@@ -125,10 +141,12 @@ def to_torchvision(variables: Mapping[str, Any], model_name: str) -> dict[str, n
   """The same as `to_torch`, with torchvision's names for every encoder."""
   flat = {path: np.asarray(value)
           for path, value in traverse_util.flatten_dict(variables).items()}
-  stem, _ = next(iter(_layout(model_name, 2, 2).values()))
+  _, stem, _ = _stem(model_name)
   width = _width_of_channels(model_name, flat[stem].shape[-1])
   state_dict = {}
-  for key, (path, _) in _layout(model_name, flat['params', 'fc', 'bias'].size, width).items():
+  head = 'mlp' if ('params', 'fc_2', 'bias') in flat else 'linear'
+  dim = flat['params', 'fc_2' if head == 'mlp' else 'fc', 'bias'].size
+  for key, (path, _) in _layout(model_name, dim, width, head).items():
     state_dict[key] = np.ascontiguousarray(_to_torch(path, flat[path], model_name))
     if path[-1] == 'var':
       state_dict[key.replace('running_var', COUNTER)] = np.zeros((), np.int64)
@@ -149,7 +167,7 @@ def find_weights(saved: Any, file: object) -> dict[str, np.ndarray]:
     errors.UserError: there are no weights.
   """
   saved = saved if isinstance(saved, dict) else {}
-  for key in ('classy_state_dict', 'state_dict', 'net', 'model'):
+  for key in ('classy_state_dict', 'state_dict', 'net', 'model', 'teacher'):
     if isinstance(saved.get(key), dict):
       saved = saved[key]
       if key == 'classy_state_dict':
@@ -159,8 +177,8 @@ def find_weights(saved: Any, file: object) -> dict[str, np.ndarray]:
   weights = {key: value for key, value in saved.items() if isinstance(value, np.ndarray)}
   if not weights:
     raise errors.UserError(
-        f"'{file}' holds no weights", "a state dict, or hold one as 'state_dict', 'net', 'model' "
-        "or 'classy_state_dict'", 'set <--from> to such a file', '--from')
+        f"'{file}' holds no weights", "a state dict, or hold one as 'state_dict', 'net', "
+        "'model', 'teacher' or 'classy_state_dict'", 'set <--from> to such a file', '--from')
   return {_canonical(key): value for key, value in weights.items()}
 
 
@@ -175,25 +193,39 @@ def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
     errors.UserError: there is no encoder, or its first layer is missing.
   """
   backbone_prefix, head_prefix, head_layer = next(
-      entry for entry in _PREFIXES if any(key.startswith(entry[0]) for key in weights))
+      entry for entry in _PREFIXES
+      if any(key.startswith(entry[0] or entry[1]) for key in weights) or entry == _PREFIXES[-1])
   head = {key.removeprefix(head_prefix): value for key, value in weights.items()
           if key.startswith(head_prefix)}
   backbone = {key.removeprefix(backbone_prefix): value for key, value in weights.items()
               if key.startswith(backbone_prefix) and not key.startswith(head_prefix)
-              and not key.endswith(COUNTER)}
+              and not key.endswith(COUNTER) and key != _IGNORED}
   overlap = {name: _overlap(name, backbone) for name in models.NAMES}
-  name = max(overlap, key=lambda name: overlap[name])
-  if overlap[name] < _MIN_OVERLAP:  # above it, `from_torch` names the keys that differ
+  most = max(overlap.values())
+  if most < _MIN_OVERLAP:  # above it, `from_torch` names the keys that differ
     raise errors.UserError(
         f"'{file}' holds no known encoder (its first weights are {', '.join(list(weights)[:3])})",
         f'weights of one of {", ".join(models.NAMES)}', 'set <--from> to such a file', '--from')
+  given = {key: (key, value) for key, value in backbone.items()}
+  names = [name for name in models.NAMES if overlap[name] == most]
+  name = names[0]
+  if name.startswith('vit') and len(names) > 1:  # the same names for any number of heads
+    channels = _require(given, _stem(names[0])[0], 4).shape[0]
+    known = {_stem(name)[2]: name for name in names}
+    if channels not in known:
+      raise errors.UserError(
+          f"'{file}' holds a ViT of {channels} channels, whose number of heads is not known",
+          f'{" or ".join(map(str, known))} channels', 'set <--from> to such a file', '--from')
+    name = known[channels]
+  with as_file_errors(name):
+    width = _width(name, given)
+  _, (features, _) = _layout(name, 2, width)['fc.weight']
   layer = {leaf: head[f'{head_layer}{leaf}'] for leaf in ('weight', 'bias')
            if f'{head_layer}{leaf}' in head}
-  usable = len(head) == len(layer) == 2 and (
-      layer['weight'].ndim == 2 and len(layer['weight']) != _IMAGENET_CLASSES)
-  with as_file_errors(name):
-    width = _width(name, {key: (key, value) for key, value in backbone.items()})
-  _, (features, _) = _layout(name, 2, width)['fc.weight']
+  if set(head) == _MLP and head['0.weight'].shape == (features, features):
+    layer = head
+  last = layer.get('2.weight', layer.get('weight', np.zeros(0)))
+  usable = len(head) == len(layer) > 0 and last.ndim == 2 and len(last) != _IMAGENET_CLASSES
   return Encoder(name, width, features, backbone, layer if usable else None)
 
 
@@ -217,19 +249,32 @@ def _overlap(model_name, backbone):
 
 def _width(model_name, given):
   """Width of an encoder, from the first of the weights {key: (original key, array)}."""
-  stem = next(iter(_layout(model_name, 2, 2)))
+  stem, _, _ = _stem(model_name)
   return _width_of_channels(model_name, _require(given, stem, 4).shape[0])
 
 
 def _width_of_channels(model_name, stem_channels):
-  """AlexNet's first layer has 96 channels at width 64; all others have as many as their width."""
-  return round(stem_channels * 64 / 96) if model_name == 'alexnet' else stem_channels
+  """Width of an encoder whose first convolution has so many channels."""
+  *_, at_64 = _stem(model_name)
+  return round(stem_channels * 64 / at_64)
+
+
+def _stem(model_name):
+  """(torchvision's key, path in the variables, channels at width 64) of the first convolution."""
+  return next((key, path, shape[-1]) for key, (path, shape) in _layout(model_name, 2, 64).items()
+              if len(shape) == 4)
+
+
+def head_of(state_dict: Collection[str]) -> str:
+  """'linear' or 'mlp': the head of a state dict with torchvision's names."""
+  return 'mlp' if 'fc.2.weight' in state_dict else 'linear'
 
 
 @functools.cache
-def _layout(model_name: str, embedding_dim: int, width: int) -> dict[str, tuple[_Path, _Shape]]:
+def _layout(model_name: str, embedding_dim: int, width: int,
+            head: str = 'linear') -> dict[str, tuple[_Path, _Shape]]:
   """torchvision's keys of an encoder, in its order -> (path in the variables, shape there)."""
-  encoder = models.create(model_name, embedding_dim=embedding_dim, width=width)
+  encoder = models.create(model_name, embedding_dim=embedding_dim, width=width, head=head)
   side = config_lib.SMALLEST_SIDE.get(model_name, 32)
   paths: list[_Path] = []
 
@@ -249,8 +294,8 @@ def _layout(model_name: str, embedding_dim: int, width: int) -> dict[str, tuple[
       leaves += [('batch_stats', 'mean'), ('batch_stats', 'var')]
     for collection, leaf in leaves:
       path = (collection, *module, leaf)
-      name = '.'.join(_MODULES.get(part, part.replace('_', '.')) for part in module)
-      layout[f'{name}.{_LEAVES[leaf]}'] = path, shapes[path]
+      names = [_MODULES.get(part, part.replace('_', '.')) for part in module]
+      layout['.'.join([*names, _LEAVES.get(leaf, leaf)])] = path, shapes[path]
   return layout
 
 
@@ -258,14 +303,14 @@ def _to_torch(path, x, model_name):
   if path[-2:] == ('classifier_0', 'kernel'):  # its inputs are a flattened map, channels last here
     side = _POOLED[model_name]
     return x.reshape(side, side, -1, x.shape[1]).transpose(3, 2, 0, 1).reshape(x.shape[::-1])
-  return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+  return {4: lambda: x.transpose(3, 2, 0, 1), 3: lambda: x}.get(x.ndim, lambda: x.T)()
 
 
 def _to_linen(path, x, model_name):
   if path[-2:] == ('classifier_0', 'kernel'):
     side = _POOLED[model_name]
     return x.reshape(x.shape[0], -1, side, side).transpose(2, 3, 1, 0).reshape(x.shape[::-1])
-  return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+  return {4: lambda: x.transpose(2, 3, 1, 0), 3: lambda: x}.get(x.ndim, lambda: x.T)()
 
 
 def _canonical(key: str) -> str:

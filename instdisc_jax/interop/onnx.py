@@ -16,7 +16,9 @@ import numpy as np
 
 OPSET = 17
 _BATCH = 7919  # a size that no other dimension has
-_SAME_INPUTS = {'add': 'Add', 'sub': 'Sub', 'mul': 'Mul', 'div': 'Div', 'max': 'Max'}
+_SAME_INPUTS = {'add': 'Add', 'sub': 'Sub', 'mul': 'Mul', 'div': 'Div', 'max': 'Max', 'exp': 'Exp',
+                'erf': 'Erf', 'neg': 'Neg', 'copy': 'Identity',
+                'stop_gradient': 'Identity'}
 _INLINED = {'jit': 'jaxpr', 'custom_vjp_call': 'call_jaxpr', 'custom_jvp_call': 'call_jaxpr'}
 
 
@@ -144,6 +146,25 @@ class _Graph:
 
   def _concatenate(self, inputs, params, operands, result):
     return self.node('Concat', inputs, axis=params['dimension'])
+
+  def _reduce_max(self, inputs, params, operands, result):
+    return self.node('ReduceMax', inputs, axes=list(params['axes']), keepdims=0)
+
+  def _erfc(self, inputs, params, operands, result):
+    one = np.ones((), operands[0].dtype)
+    return self.node('Sub', [one, self.node('Erf', inputs)])
+
+  def _square(self, inputs, params, operands, result):
+    return self.node('Mul', [inputs[0], inputs[0]])
+
+  def _squeeze(self, inputs, params, operands, result):
+    return self._to_shape(inputs[0], result.shape)
+
+  def _pad(self, inputs, params, operands, result):
+    low, high, inner = zip(*params['padding_config'])
+    if any(inner) or min(low + high) < 0:
+      raise NotImplementedError('padding between values as ONNX')
+    return self.node('Pad', [inputs[0], np.array(low + high, np.int64), inputs[1]])
 
   def _dot_general(self, inputs, params, operands, result):
     (left, right), (left_batch, right_batch) = params['dimension_numbers']

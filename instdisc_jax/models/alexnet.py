@@ -38,4 +38,4 @@ class AlexNet(layers.Encoder):
       x = layers.linear(x, self.width * 64, self.dtype, use_bias=False, name=f'classifier_{i}')
       x = nn.relu(norm(f'classifier_{i + 1}')(x))
     layers.show(self, 'pooled', x)
-    return layers.embed(x.astype(wide), self.embedding_dim, wide)
+    return layers.embed(self, x.astype(wide))

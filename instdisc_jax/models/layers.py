@@ -1,5 +1,6 @@
-"""Layers shared by the encoders: batch norm, linear layers, pooling, and the unit-norm head."""
+"""Layers shared by the encoders: norms, linear layers, pooling, and the unit-norm head."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -23,11 +24,13 @@ class Encoder(nn.Module, kw_only=True):
     embedding_dim: D.
     width: channels of the first stage; 64 in the literature.
     dtype: of the computation; parameters are at least float32.
+    head: 'linear' or 'mlp', see `embed`.
     batch_norm_axis: mesh axis for synchronized batch norm, or None for per-device statistics.
   """
   embedding_dim: int = 128
   width: int = 64
   dtype: Any = jnp.float32
+  head: str = 'linear'
   batch_norm_axis: str | None = None
 
 
@@ -97,10 +100,60 @@ def linear(x: Float[Array, '... C'], features: int, dtype: Any,
                   kernel_init=TORCH_INIT, bias_init=bias_init, **kwargs)(x)
 
 
-def embed(x: Float[Array, 'B C'], embedding_dim: int, dtype: Any) -> Float[Array, 'B D']:
-  """The head `fc` of every encoder: [B, C] -> unit-norm [B, D], at full precision."""
-  return linalg.normalize(
-      linear(x, embedding_dim, dtype, precision=lax.Precision.HIGHEST, name='fc'))
+def dense(x: Float[Array, '... C'], features: int, dtype: Any, kernel_init: Any,
+          name: str) -> Float[Array, '... F']:
+  """A linear layer of a transformer, whose bias begins at 0; parameters are at least float32."""
+  return nn.Dense(features, dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32),
+                  kernel_init=kernel_init, name=name)(x)
+
+
+def layer_norm(x: Float[Array, '... C'], dtype: Any, name: str) -> Float[Array, '... C']:
+  """Layer normalization in at least float32, with an output of `dtype`."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+  return nn.LayerNorm(1e-6, dtype=wide, param_dtype=wide, use_fast_variance=False,
+                      name=name)(x).astype(dtype)
+
+
+class Perceptron(nn.Module):
+  """Two linear layers with a GELU between them, four times as wide there."""
+  dtype: Any
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, x):
+    y = dense(x, 4 * x.shape[-1], self.dtype, self.kernel_init, name='fc1')
+    return dense(nn.gelu(y, approximate=False), x.shape[-1], self.dtype, self.kernel_init,
+                 name='fc2')
+
+
+class Scale(nn.Module):
+  """A factor for each channel, which begins at `start`."""
+  start: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    return gamma(self, x.shape[-1], self.start, self.dtype) * x
+
+
+def gamma(module: nn.Module, channels: int, start: float, dtype: Any) -> Float[Array, ' C']:
+  """A module's parameter `gamma` [C], which begins at `start`."""
+  return module.param('gamma', nn.initializers.constant(start), (channels,),
+                      jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
+def embed(encoder: Encoder, x: Float[Array, 'B C']) -> Float[Array, 'B D']:
+  """The head `fc` of every encoder: [B, C] -> unit-norm [B, D], at full precision.
+
+  `encoder.head` is 'linear', as published, or 'mlp': C hidden units with a ReLU (Chen et al.,
+  2020), whose layers are `fc.0` and `fc.2` as in MoCo v2.
+  """
+  wide = jnp.promote_types(encoder.dtype, jnp.float32)
+  layer = functools.partial(linear, dtype=wide, precision=lax.Precision.HIGHEST)
+  name = 'fc'
+  if encoder.head == 'mlp':
+    x, name = nn.relu(layer(x, x.shape[-1], name='fc_0')), 'fc_2'
+  return linalg.normalize(layer(x, encoder.embedding_dim, name=name))
 
 
 def show(module: nn.Module, name: str, x: Any) -> None:

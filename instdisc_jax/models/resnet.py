@@ -87,4 +87,4 @@ class ResNet(layers.Encoder):
       layers.show(self, f'conv{stage + 2}', x)
     x = x.mean((1, 2), dtype=wide)
     layers.show(self, 'pooled', x)
-    return layers.embed(x, self.embedding_dim, wide)
+    return layers.embed(self, x)

@@ -44,4 +44,4 @@ class VGG(layers.Encoder):
     for i in (0, 3):
       x = nn.relu(layers.linear(x, self.width * 64, self.dtype, name=f'classifier_{i}'))
     layers.show(self, 'pooled', x)
-    return layers.embed(x.astype(wide), self.embedding_dim, wide)
+    return layers.embed(self, x.astype(wide))

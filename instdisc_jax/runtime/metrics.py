@@ -24,14 +24,14 @@ class Metrics:
 
   Attributes:
     earlier_seconds: wall-clock time spent earlier, according to the kept lines.
-    evaluated: steps whose kNN accuracy is in the kept lines.
+    evaluated: steps whose evaluation is in the kept lines.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], step: int):
     self._lines = self._file = self._events = None
     kept = [line for line in read(workdir) if line['step'] <= step]
     self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
-    self.evaluated = {line['step'] for line in kept if 'knn_top1' in line}
+    self.evaluated = {line['step'] for line in kept if {'knn_top1', 'uniformity'} & line.keys()}
     if jax.process_index() != 0:
       return
     self._path = files.place(workdir) / FILE

@@ -72,7 +72,7 @@ def _settings(found: checkpoints.Checkpoint) -> dict[str, Any]:
   settings = {
       'augment.mean': list(config.augment.mean), 'augment.std': list(config.augment.std),
       **found.settings, 'model.name': found.model_name, 'model.width': found.width,
-      'model.embedding_dim': found.embedding_dim}
+      'model.head': found.head, 'model.embedding_dim': found.embedding_dim}
   if found.bank is not None:
     settings['batch_size'] = 128 if cifar else 256  # as published, to convert epochs to steps
   return settings

@@ -13,7 +13,7 @@ from instdisc_jax.training.state import Setup, TrainState
 
 def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
         checkpoints: checkpoint.Checkpoints, monitor: monitor_lib.Monitor, trace: profiling.Trace,
-        watch: preemption.Watch, evaluate: Callable[[TrainState], float | None]) -> TrainState:
+        watch: preemption.Watch, evaluate: Callable[[TrainState], dict[str, float]]) -> TrainState:
   """Trains from `state.step` to the end of the run.
 
   Each iteration dispatches steps and settles the previous dispatch; after some steps it evaluates,
@@ -30,7 +30,7 @@ def fit(state: TrainState, setup: Setup, feed: feeds.Feed, *, plan: Plan,
     monitor: checks and logs the metrics.
     trace: the profiler's trace.
     watch: watches for signals.
-    evaluate: state -> kNN top-1, or None without labels.
+    evaluate: state -> what is measured of it, e.g. kNN top-1.
 
   Returns:
     The trained state.

@@ -117,19 +117,19 @@ class Monitor:
       self._log(dispatch.step, {name: float(value[-1]) for name, value in history.items()})
     return int(dispatch.asked)
 
-  def evaluated(self, step: int, top1: float | None) -> None:
-    """Logs and shows kNN accuracy after `step` steps; None without labels."""
+  def evaluated(self, step: int, measured: dict[str, float]) -> None:
+    """Logs what was measured after `step` steps, and shows kNN accuracy if that is known."""
     epoch = self._plan.epoch(step)
     text = f'epoch {epoch:4d}  step {step:6d}'
     if self.final_loss is not None:
       text += f'  loss {self.final_loss:.4f}'
-    if top1 is not None:
-      self._lines.write(step, epoch=epoch, knn_top1=top1)
-      text += f'  kNN top-1 {top1:.4f}'
+    self._lines.write(step, epoch=epoch, **measured)
+    if 'knn_top1' in measured:
+      text += f'  kNN top-1 {measured["knn_top1"]:.4f}'
     self._progress.print(text)
 
   def has_evaluated(self, step: int) -> bool:
-    """Whether the accuracy after `step` steps was logged before the run was resumed."""
+    """Whether the evaluation after `step` steps was logged before the run was resumed."""
     return step in self._lines.evaluated
 
   def _log(self, step, line):

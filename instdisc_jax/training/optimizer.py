@@ -1,7 +1,8 @@
-"""The optimizer and its learning rate: SGD with momentum, as published."""
+"""The optimizer and its learning rate: SGD with momentum, as published, or AdamW."""
 
 import math
 
+import jax
 import optax
 
 from instdisc_jax import config as config_lib
@@ -31,7 +32,14 @@ def learning_rate_schedule(config: config_lib.Config, num_rows: int) -> optax.Sc
 
 
 def make(config: config_lib.Config, num_rows: int) -> optax.GradientTransformation:
-  """SGD with momentum and weight decay on all parameters (PyTorch's SGD)."""
-  return optax.chain(
-      optax.add_decayed_weights(config.optimizer.weight_decay),
-      optax.sgd(learning_rate_schedule(config, num_rows), momentum=config.optimizer.momentum))
+  """SGD with momentum and weight decay on all parameters (PyTorch's), or AdamW.
+
+  AdamW (Loshchilov and Hutter, 2019) has β1 = `optimizer.momentum` and β2 = 0.999; its weight decay
+  leaves out biases, norms and scales, which have a single axis.
+  """
+  optimizer, schedule = config.optimizer, learning_rate_schedule(config, num_rows)
+  if optimizer.name == 'adamw':
+    return optax.adamw(schedule, b1=optimizer.momentum, weight_decay=optimizer.weight_decay,
+                       mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
+  return optax.chain(optax.add_decayed_weights(optimizer.weight_decay),
+                     optax.sgd(schedule, momentum=optimizer.momentum))

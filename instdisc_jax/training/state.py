@@ -21,6 +21,7 @@ from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
 from instdisc_jax import kernels, models, threefry
 from instdisc_jax.data import views
+from instdisc_jax.runtime import files
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training import optimizer as optimizer_lib
 
@@ -112,13 +113,19 @@ class Setup:
     multiple = kernels.row_multiple(self.kernel.name) if self.config.loss.name == 'softmax' else 1
     return mesh_lib.padded(self.num_rows, self.mesh.size * multiple)
 
+  @property
+  def inherits_rows(self) -> bool:
+    """Whether all rows begin with features, those of an earlier run, see `warm_start`."""
+    start = self.config.model.init
+    return start is not None and files.place(start).is_dir()
+
   def remarks(self) -> list[str]:
     """What a user should know about the speed of the loss: lines, or none."""
     loss, rows = self.config.loss, self.padded_rows // self.mesh.size
     if loss.name == 'softmax' and self.kernel.reason is not None:
       return [f'loss.kernel is {self.kernel.name}: {self.kernel.reason}']
     scored = loss.noise_count * (1 if loss.shared_noise else self.config.batch_size)
-    if loss.name in config_lib.SAMPLED_LOSSES and 2 * scored > rows:
+    if config_lib.draws_noise(loss) and 2 * scored > rows:
       return [f'{loss.name} scores {scored:,} noise rows per step, one by one or among all; '
               f'loss.name=softmax reads the {rows:,} rows of a device once, and is exact']
     return []
@@ -138,7 +145,7 @@ def create_encoder(config: config_lib.Config) -> nn.Module:
   """The encoder that a configuration names."""
   return models.create(
       config.model.name, embedding_dim=config.model.embedding_dim, width=config.model.width,
-      dtype=config.model.dtype,
+      dtype=config.model.dtype, head=config.model.head,
       batch_norm_axis=mesh_lib.AXIS if config.model.sync_batch_norm else None)
 
 

@@ -8,18 +8,19 @@ with synchronized batch norm the number of devices affects only the speed.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from instdisc_jax import bank as bank_lib
 from instdisc_jax import config as config_lib
-from instdisc_jax import losses, threefry
+from instdisc_jax import linalg, losses, threefry
 from instdisc_jax.data import feeds, views
 from instdisc_jax.runtime.mesh import AXIS, on_cpu
 from instdisc_jax.training.state import SPECS, Setup, TrainState
@@ -40,15 +41,16 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
   Returns:
     (state, metrics): metrics are scalars over the global batch, see `update`.
   """
-  config, index = setup.config, batch['index']
+  config, index, num_rows = setup.config, batch['index'], setup.num_rows
   # Places in the chain of images; they wrap around at 2^32, then only the index tells them apart.
   first = lax.axis_index(AXIS).astype(jnp.uint32) * index.size
   slot = first + jnp.arange(index.size, dtype=jnp.uint32)
   place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
-  cropped = 'view' in batch
+  visited = None
+  if config.loss.proximal_weight and not setup.inherits_rows:
+    visited = (place >= num_rows) | (state.step > num_rows // config.batch_size)
   with jax.named_scope('augmentation'):
-    images = views.draw(config, views.key(config.seed, place, index),
-                        batch['view' if cropped else 'image'], cropped=cropped, dtype=setup.wide)
+    images = _views(config, place, batch, setup.wide)
 
   def encode(params, batch_stats, images):
     features, updated = setup.encoder.apply(
@@ -58,16 +60,27 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
       batch_stats = lax.pmean(batch_stats, AXIS)
     return features, batch_stats
 
-  return update(state, (images, index, _draw_noise(setup, state.step, index)), encode=encode,
-                optimizer=setup.optimizer, config=config, num_rows=setup.num_rows, axis_name=AXIS,
+  noise_index = _draw_noise(setup, state.step, index)
+  return update(state, (images, index, noise_index), visited=visited, encode=encode,
+                optimizer=setup.optimizer, config=config, num_rows=num_rows, axis_name=AXIS,
                 reduce_dtype=setup.reduce_dtype, kernel=setup.kernel.name,
                 unroll=on_cpu(setup.mesh))
+
+
+def _views(config, place, batch, dtype):
+  """Random views of a device's images: [b, H, W, 3], or [b, 2, H, W, 3] of two views."""
+  key = functools.partial(views.key, config.seed, place, batch['index'])
+  draw = functools.partial(views.draw, config, cropped='view' in batch, dtype=dtype)
+  if config.loss.views == 1:
+    return draw(key(), batch['view' if 'view' in batch else 'image'])
+  images = (batch['view'][:, 0], batch['view'][:, 1]) if 'view' in batch else [batch['image']] * 2
+  return jnp.stack([draw(key(view), part) for view, part in enumerate(images)], axis=1)
 
 
 def _draw_noise(setup, step, index):
   """Noise rows of the global batch: [B, M], or [M] if all images share them; None if unused."""
   loss, num_rows = setup.config.loss, setup.num_rows
-  if loss.name not in config_lib.SAMPLED_LOSSES:
+  if not config_lib.draws_noise(loss):
     return None
   key = threefry.key(setup.config.seed, threefry.NOISE)
   if loss.shared_noise:
@@ -77,8 +90,9 @@ def _draw_noise(setup, step, index):
 
 def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*B M'] | None], *,
            config: config_lib.Config, encode: Callable, optimizer: optax.GradientTransformation,
-           num_rows: int, axis_name: str | None = None, reduce_dtype: Any = None,
-           kernel: str = 'xla', unroll: bool = True) -> tuple[TrainState, Metrics]:
+           num_rows: int, visited: Bool[Array, ' B'] | None = None, axis_name: str | None = None,
+           reduce_dtype: Any = None, kernel: str = 'xla',
+           unroll: bool = True) -> tuple[TrainState, Metrics]:
   """The method itself: one step on the parameters, the bank and Z, for any encoder.
 
   With `config.accumulate_steps` the batch goes through the encoder in parts; parameters and bank
@@ -87,12 +101,16 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
 
   Args:
     state: the state before the step.
-    inputs: (images [B, ...], whatever `encode` takes; index [B], their rows; noise_index [B, M] or
-      [M], noise rows of the global batch, or None). With `axis_name`, the first two are local.
-    config: of which `loss`, `bank.momentum` and `accumulate_steps`, which divides B, are used.
+    inputs: (images [B, ...], whatever `encode` takes, or [B, 2, ...] for two views; index [B],
+      their rows; noise_index [B, M] or [M], noise rows of the global batch, or None). With
+      `axis_name`, the first two are local.
+    config: of which `loss`, `bank.momentum`, `batch_size` and `accumulate_steps`, which divides B,
+      are used.
     encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
     optimizer: an optax transformation.
     num_rows: the true N.
+    visited: [B], local, whether an image's row holds features of it; the proximal term leaves out
+      others. None if all do.
     axis_name: mesh axis, or None.
     reduce_dtype: dtype in which gradients are summed over the axis; by default their own.
     kernel: how the softmax passes over the bank, see `kernels`.
@@ -100,13 +118,14 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
 
   Returns:
     (state, metrics): 'loss', 'grad_norm', 'feature_mean_norm' (1 if all features are identical),
-    and where applicable 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's
-    estimate over the Z in use).
+    'alignment' (mean squared distance of the features from their rows before the step), and where
+    applicable 'proximal_penalty', 'normalizer', 'normalizer_drift' (log of this batch's estimate
+    over the Z in use).
   """
   loss, accumulate_steps = config.loss, config.accumulate_steps
   shared: Any = dict(axis_name=axis_name, num_rows=num_rows)
-  objective = functools.partial(_objective, state=state, encode=encode, loss=loss, kernel=kernel,
-                                **shared)
+  objective = functools.partial(_objective, state=state, encode=encode, config=config,
+                                kernel=kernel, **shared)
   params = state.params
   if axis_name is not None:  # each device differentiates its own copy, and they are summed once
     params = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
@@ -124,7 +143,7 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
   scan = _unrolled_scan if unroll or accumulate_steps == 1 else lax.scan
   (batch_stats, normalizer, grads), (features, per_image, metrics) = scan(
       part, (state.batch_stats, state.normalizer, zeros),
-      _in_parts(inputs, accumulate_steps, axis_name))
+      _in_parts((*inputs, visited), accumulate_steps, axis_name))
   grads = jax.tree.map(lambda g: _sum(g / accumulate_steps, axis_name, reduce_dtype), grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
@@ -137,54 +156,89 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
           features, classifier['weights'], index, per_image.reshape(-1),
           temperature=loss.temperature, block_rows=loss.block_rows, **shared)
       classifier = _update_classifier(classifier, gradient, optimizer, state.step)
+    bank, metrics['alignment'] = bank_lib.move(
+        state.bank, index, features, momentum=config.bank.momentum, axis_name=axis_name)
     return TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
-        bank=bank_lib.update(state.bank, index, features, momentum=config.bank.momentum,
-                             axis_name=axis_name),
+        bank=bank,
         normalizer=normalizer, classifier=classifier), metrics
 
 
-def _objective(params, batch_stats, normalizer, images, index, noise_index, *, state, encode, loss,
-               kernel, **shared):
-  """(the global loss, (features, loss per image, batch_stats, Z, metrics)) of a part of a batch."""
+def _objective(params, batch_stats, normalizer, images, index, noise_index, visited, *, state,
+               encode, config, kernel, **shared):
+  """(the global loss, (features, loss per image, batch_stats, Z, metrics)) of a part of a batch.
+
+  Two views of b images go through the encoder together, as [view 1; view 2]: [2 b, ...].
+  """
+  loss, count = config.loss, len(index)
   mean = functools.partial(_mean, axis_name=shared['axis_name'])
+  if loss.views == 2:
+    images = images.swapaxes(0, 1).reshape(2 * count, *images.shape[2:])
+    index = jnp.concatenate([index, index])
   features, batch_stats = encode(params, batch_stats, images)
   per_image, normalizer, metrics = _loss(features, index, noise_index, normalizer, state=state,
-                                         loss=loss, kernel=kernel, **shared)
+                                         config=config, kernel=kernel, **shared)
   metrics['feature_mean_norm'] = mean_norm(features, shared['axis_name'])
   value = mean(per_image)
   if loss.proximal_weight:
-    penalty = mean(losses.proximal_penalty(features, state.bank, index, **shared))
+    penalty = losses.proximal_penalty(features, state.bank, index, **shared)
+    if visited is not None:
+      penalty = jnp.where(jnp.tile(visited, loss.views), penalty, 0)
+    penalty = mean(penalty)
     value += loss.proximal_weight * penalty
     metrics['proximal_penalty'] = penalty
+  if loss.views == 2:
+    features = linalg.normalize(features[:count] + features[count:])
   return value, (features, per_image, batch_stats, normalizer, metrics | {'loss': value})
 
 
-def _loss(features, index, noise_index, normalizer, *, state, loss, kernel, **shared):
+def _loss(features, index, noise_index, normalizer, *, state, config, kernel, **shared):
   """(loss [B], Z, metrics) of the configured loss."""
-  shared['temperature'] = loss.temperature
+  loss, bank = config.loss, state.bank
+  tempered = shared | {'temperature': loss.temperature}
   match loss.name:
     case 'softmax':
-      value = losses.softmax_loss(features, state.bank, index, kernel=kernel,
-                                  block_rows=loss.block_rows, **shared)
+      near = _near(features, index, bank, state.step, config, **shared)
+      other = jnp.roll(features, len(index) // 2, axis=0) if loss.views == 2 else None
+      value = losses.softmax_loss(features, bank, index, other=other, near=near, kernel=kernel,
+                                  block_rows=loss.block_rows, **tempered)
     case 'parametric_softmax':  # its weights have any norm
       value = losses.softmax_loss(features, state.classifier['weights'], index, largest_norm=None,
-                                  block_rows=loss.block_rows, **shared)
+                                  block_rows=loss.block_rows, **tempered)
     case 'sampled_softmax':
-      value = losses.sampled_softmax_loss(features, state.bank, index, noise_index, **shared)
+      value = losses.sampled_softmax_loss(features, bank, index, noise_index, **tempered)
     case 'nce':
-      columns = features, state.bank, index, noise_index
-      estimate = losses.estimate_normalizer(*columns, **shared).astype(normalizer.dtype)
+      columns = features, bank, index, noise_index
+      estimate = losses.estimate_normalizer(*columns, **tempered).astype(normalizer.dtype)
       normalizer = _next_normalizer(loss, normalizer, estimate)
-      value = losses.nce_loss(*columns, normalizer=normalizer, **shared)
+      value = losses.nce_loss(*columns, normalizer=normalizer, **tempered)
       return value, normalizer, {'normalizer': normalizer,
                                  'normalizer_drift': jnp.log(estimate / normalizer)}
+    case 'triplet':
+      if loss.mining != 'sampled':
+        noise_index = losses.hardest(features, bank, index, semi=loss.mining == 'semi_hard',
+                                     **shared)
+      value = losses.triplet_loss(features, bank, index, noise_index, margin=loss.margin, **shared)
     case _:
       raise ValueError(f'unknown loss {loss.name}')
   return value, normalizer, {}
+
+
+def _near(features, index, bank, step, config, num_rows, axis_name):
+  """The rows near each image [B, K]: further positives, from their epoch on; None if unused."""
+  count = config.loss.neighbors
+  if not count:
+    return None
+  first = math.ceil(config.loss.neighbors_from_epoch * num_rows / config.batch_size)
+  search = lambda: losses.nearest(features, bank, index, count=count, axis_name=axis_name,
+                                  num_rows=num_rows)
+  none = jnp.full(jax.eval_shape(search).shape, -1, jnp.int32)
+  if axis_name is not None:
+    none = lax.pcast(none, axis_name, to='varying')
+  return lax.cond(step >= first, search, lambda: none)
 
 
 def _mean(x, axis_name):
@@ -239,8 +293,8 @@ def _unrolled_scan(body, carry, inputs):
 
 
 def _in_parts(inputs, num_parts, axis_name):
-  """(images, index, noise_index) with a leading axis of parts."""
-  images, index, noise_index = inputs
+  """(images, index, noise_index, visited) with a leading axis of parts."""
+  images, index, noise_index, visited = inputs
   split = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
   if noise_index is not None and noise_index.ndim == 1:
     noise_index = jnp.broadcast_to(noise_index, (num_parts, noise_index.size))
@@ -249,7 +303,7 @@ def _in_parts(inputs, num_parts, axis_name):
     num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
     pieces = noise_index.reshape(num_devices, num_parts, -1, noise_index.shape[1])
     noise_index = pieces.swapaxes(0, 1).reshape(num_parts, -1, noise_index.shape[1])
-  return split(images), split(index), noise_index
+  return split(images), split(index), noise_index, None if visited is None else split(visited)
 
 
 def _next_normalizer(loss, normalizer, estimate):

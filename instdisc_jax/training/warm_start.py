@@ -42,7 +42,7 @@ def read_weights(config: config_lib.Config) -> dict[str, Any]:
   """
   place = config.model.init
   try:
-    found, variables = _read(place, config.model.embedding_dim)
+    found, variables = _read(place, config.model.embedding_dim, config.model.head)
   except errors.UserError as e:  # worded for other commands: name `model.init` instead
     if e.remedy is not None and '<--' not in e.remedy:
       raise
@@ -56,18 +56,17 @@ def read_weights(config: config_lib.Config) -> dict[str, Any]:
   return variables
 
 
-def _read(place, embedding_dim):
-  """({'model.name', 'model.width', 'model.embedding_dim'}, {'params', 'batch_stats'})."""
+def _read(place, embedding_dim, head):
+  """({'model.name', ...}, {'params', 'batch_stats'}), see `checkpoints.read_encoder`."""
   if files.place(place).is_dir():
     settings, _ = workdir_lib.read(place)
     state = checkpoint.read(files.place(place) / 'checkpoints', ('params', 'batch_stats'))
-    kind = 'model.name', 'model.width', 'model.embedding_dim'
+    settings = {'model.head': 'linear'} | settings  # of a run by an earlier version
+    kind = 'model.name', 'model.width', 'model.head', 'model.embedding_dim'
     return ({key: settings.get(key) for key in kind},
             {key: state.get(key, {}) for key in ('params', 'batch_stats')})
   if os.path.isfile(place):
-    name, width, embedding_dim, variables = interop_checkpoints.read_encoder(place, embedding_dim)
-    return {'model.name': name, 'model.width': width,
-            'model.embedding_dim': embedding_dim}, variables
+    return interop_checkpoints.read_encoder(place, embedding_dim, head)
   raise errors.UserError(f"model.init is '{place}', which is neither a file nor a folder")
 
 

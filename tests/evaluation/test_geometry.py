@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from instdisc_jax.evaluation import geometry
+from instdisc_jax.runtime import mesh as mesh_lib
 
 X = np.random.default_rng(0).normal(size=(50, 6))
 X /= np.linalg.norm(X, axis=1, keepdims=True)
@@ -39,3 +40,16 @@ def test_class_alignment():
   order = np.random.default_rng(1).permutation(50)
   assert geometry.class_alignment(X[order], labels[order]) == pytest.approx(np.mean(expected))
   assert geometry.class_alignment(X, np.arange(50)) is None
+
+
+def test_the_geometry_of_a_sharded_bank_is_that_of_its_rows():
+  random = np.random.default_rng(1)
+  for num_rows in (45, 3001):  # some, and more than are looked at
+    rows = random.normal(size=(num_rows, 16)) * np.linspace(0.1, 1, 16)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    mesh = mesh_lib.make()
+    bank = mesh_lib.shard_rows(rows.astype('f4'), mesh)
+    uniformity, rank = geometry.of_bank(mesh, num_rows)(bank)
+    chosen = rows[np.linspace(0, num_rows - 1, min(1024, num_rows)).round().astype(int)]
+    assert float(uniformity) == pytest.approx(geometry.uniformity(chosen), abs=1e-4)
+    assert float(rank) == pytest.approx(geometry.effective_rank(chosen), rel=1e-4)

@@ -106,7 +106,7 @@ def test_an_error_in_reading_names_the_argument_of_the_command_that_reads(monkey
        "'bn1.bias' is missing from the weights")):
     monkeypatch.setattr(safe_pickle, 'read_file', lambda file: content)
     with pytest.raises(errors.UserError, match=message) as raised:
-      checkpoints.read_encoder('a.pth', D)
+      checkpoints.read_encoder('a.pth', D, 'linear')
     assert raised.value.setting == '--from'
     worded = raised.value.worded({'--from': '--config.model.init'})
     assert 'set --config.model.init to ' in worded and '--from' not in worded

@@ -67,17 +67,20 @@ def test_a_run_of_a_narrow_encoder_is_refused_before_anything_is_written(trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['resnet10', 'resnet18', 'resnet50'])
+@pytest.mark.parametrize('name', ['resnet10', 'resnet18', 'resnet50', 'convnext_t', 'vit_t4',
+                                  'vit_s16', 'vit_s14'])
 def test_timm_loads_the_folder_with_the_same_features(tmp_path, state_dict, torch, name):
   timm = pytest.importorskip('timm')
   variables, backbone = state_dict(name)
-  hub.write(tmp_path / 'mine', backbone, _settings(**{'model.name': name}), 64, {})
+  side = 56 if name == 'vit_s14' else 64  # a multiple of the patch
+  hub.write(tmp_path / 'mine', backbone, _settings(**{'model.name': name}), side, {})
   net = timm.create_model(f'local-dir:{tmp_path}/mine', pretrained=True).eval()
   data = timm.data.resolve_model_data_config(net)
-  assert tuple(data['input_size']) == (3, 64, 64) and tuple(data['std']) == (0.229, 0.224, 0.225)
+  assert tuple(data['input_size']) == (3, side, side)
+  assert tuple(data['std']) == (0.229, 0.224, 0.225)
   view = timm.data.create_transform(**data)(Image.new('RGB', (90, 80)))
-  assert view.shape == (3, 64, 64)
-  images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+  assert view.shape == (3, side, side)
+  images = np.random.default_rng(0).standard_normal((2, side, side, 3)).astype(np.float32)
   with torch.no_grad():
     expected = net(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
   encoder = models.create(name, width=64, embedding_dim=D)

@@ -18,12 +18,13 @@ def _shapes(name, size, **kwargs):
   return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
 
 
-# torchvision's counts without the head (and with 3x3 stems, and AlexNet's norms).
+# torchvision's and timm's counts without the head (and with 3x3 stems, and AlexNet's norms).
 @pytest.mark.parametrize('name, size, millions', [
     ('resnet18', 224, 11.177), ('resnet34', 224, 21.285), ('resnet50', 224, 23.508),
     ('resnet101', 224, 42.500), ('resnet18_cifar', 32, 11.169), ('resnet34_cifar', 32, 21.277),
     ('resnet50_cifar', 32, 23.501), ('vgg16', 224, 134.2605), ('vgg16_bn', 224, 134.2690),
-    ('alexnet', 224, 58.291)])
+    ('alexnet', 224, 58.291), ('vit_s16', 224, 21.666), ('vit_b16', 224, 85.799),
+    ('convnext_t', 224, 27.820)])
 def test_encoders_have_the_known_number_of_parameters(name, size, millions):
   params = dict(_shapes(name, size)['params'])
   head = params.pop('fc')
@@ -34,7 +35,7 @@ def test_encoders_have_the_known_number_of_parameters(name, size, millions):
 
 @pytest.mark.parametrize('name, size', [
     ('resnet10_cifar', 32), ('resnet10', 32), ('alexnet', 63),
-    ('vgg16', 32), ('vgg16_bn', 32)])
+    ('vgg16', 32), ('vgg16_bn', 32), ('vit_t4', 32), ('vit_s14', 40), ('convnext_t', 32)])
 def test_embeddings_are_unit_vectors(name, size):
   model = models.create(name, embedding_dim=12, width=4)
   images = jax.random.normal(jax.random.key(0), (3, size, size, 3))

@@ -66,7 +66,7 @@ def test_a_line_has_the_mean_loss_since_the_line_before_it(make_monitor, tmp_pat
   line = metrics.read(tmp_path)[-1]
   assert (line['step'], line['epoch'], line['loss'], line['step_loss']) == (4, 1, 1.5, 2.0)
   assert line['grad_norm'] == 0.2 and line['images_per_second'] > 0
-  monitor.evaluated(4, 0.25)
+  monitor.evaluated(4, {'knn_top1': 0.25})
   assert metrics.read(tmp_path)[-1] == {'step': 4, 'epoch': 1, 'knn_top1': 0.25}
   assert not monitor.has_evaluated(4)  # not before this run was resumed
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instdisc_jax import bank as bank_lib
-from instdisc_jax.data import feeds, order
+from instdisc_jax.data import feeds, order, views
 from instdisc_jax.models import resnet
 from instdisc_jax.runtime import checkpoint
 from instdisc_jax.runtime import mesh as mesh_lib
@@ -78,17 +78,61 @@ def test_gradient_scale_does_not_depend_on_the_device_count():
     np.testing.assert_allclose(other['grad_norm'], history['grad_norm'], rtol=1e-7)
 
 
+@pytest.mark.parametrize('devices', [(8,), pytest.param((2, 4), marks=pytest.mark.slow)])
 @pytest.mark.parametrize('loss', [
     dict(name='nce', normalizer='ema', proximal_weight=3.0),
-    pytest.param(dict(name='sampled_softmax'), marks=pytest.mark.slow)])
-def test_the_sampled_losses_are_the_same_on_1_and_8_devices(loss):
+    dict(views=2, neighbors=3, neighbors_from_epoch=1, proximal_weight=3.0),
+    pytest.param(dict(name='sampled_softmax'), marks=pytest.mark.slow),
+    pytest.param(dict(views=2), marks=pytest.mark.slow),
+    pytest.param(dict(neighbors=3, neighbors_from_epoch=0), marks=pytest.mark.slow),
+    *(pytest.param(dict(name='triplet', mining=mining), marks=pytest.mark.slow)
+      for mining in ('semi_hard', 'hardest', 'sampled'))], ids=str)
+def test_every_loss_is_the_same_on_1_2_4_and_8_devices(loss, devices):
   config = tiny.config(**loss)
   config.model.dtype = config.bank.dtype = 'float64'
   with jax.enable_x64(True):
-    (history, bank, _), (history8, bank8, _) = (_run(config, n, 6) for n in (1, 8))
-  for name, values in history.items():
-    np.testing.assert_allclose(history8[name], values, rtol=1e-8, atol=1e-12, err_msg=name)
-  np.testing.assert_allclose(bank8, bank, atol=1e-7)
+    (history, bank, _), *others = (_run(config, n, 6) for n in (1, *devices))
+  for other_history, other_bank, _ in others:
+    for name, values in history.items():
+      np.testing.assert_allclose(other_history[name], values, rtol=1e-8, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(other_bank, bank, atol=1e-7)
+
+
+def test_neighbors_become_positives_from_their_epoch_on():
+  """N / B = 2.8: step 3 is the first of epoch 1."""
+  plain, later = (_run(tiny.config(**loss), 1, 5)[0]['loss'] for loss in (
+      {}, dict(neighbors=3, neighbors_from_epoch=1)))
+  np.testing.assert_allclose(later[:3], plain[:3], rtol=1e-5)
+  assert (later[3:] < plain[3:] - 0.1).all()
+
+
+def test_the_proximal_term_leaves_out_rows_that_were_never_visited(monkeypatch):
+  """The 45 images are in steps 0 to 2, of which the last has 3 of the next epoch."""
+  config = tiny.config(proximal_weight=3.0)
+  penalty = _run(config, 1, 5)[0]['proximal_penalty']
+  monkeypatch.setattr(state_lib.Setup, 'inherits_rows', True)
+  of_all = _run(config, 1, 5)[0]['proximal_penalty']
+  assert (penalty[:2] == 0).all() and (of_all[:2] > 1).all()
+  assert 0 < penalty[2] < 0.3 * of_all[2] and (penalty[3:] > 0).all()
+
+
+def test_the_row_moves_to_the_mean_of_two_views():
+  config = tiny.config(views=2)
+  config.bank.momentum, config.optimizer.learning_rate = 0.0, 1e-12
+  config.model.sync_batch_norm = False  # so that the encoder runs outside the mesh
+  state, run_steps, feed = _set_up(config, 1)
+  setup, (images, index) = tiny.make_setup(config, 1), feed.at(0)
+  place = jnp.arange(B, dtype=jnp.uint32)
+  drawn = [views.draw(config, views.key(config.seed, place, index[0], view), images[index[0]])
+           for view in (0, 1)]
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  features, _ = setup.encoder.apply(variables, jnp.concatenate(drawn), train=True,
+                                    mutable=['batch_stats'])
+  total = np.asarray(features[:B] + features[B:])
+  state, _ = run_steps(state, feed.at(0), 1)
+  expected = total / np.linalg.norm(total, axis=1, keepdims=True)
+  np.testing.assert_allclose(np.asarray(state.bank)[np.asarray(index[0])], expected, atol=1e-4)
+  assert np.abs(drawn[0] - drawn[1]).max() > 0.1
 
 
 def test_many_steps_in_one_dispatch_equal_single_steps():
@@ -150,7 +194,8 @@ def test_the_normalizer_is_frozen_averaged_or_given():
       np.testing.assert_array_equal(z, 123.5)
 
 
-def test_the_proximal_term_adds_its_weight_times_the_penalty():
+def test_the_proximal_term_adds_its_weight_times_the_penalty(monkeypatch):
+  monkeypatch.setattr(state_lib.Setup, 'inherits_rows', True)
   plain, _, _ = _run(tiny.config(), 2, 1)
   history, _, _ = _run(tiny.config(proximal_weight=7.0), 2, 1)
   assert history['proximal_penalty'][0] > 0.1
