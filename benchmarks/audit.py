@@ -7,10 +7,7 @@ in groups of 2 to 5 at cosines of about 0.99; a tenth as many again are queries,
 a row. Each size in a process of its own.
 """
 
-import argparse
-import json
 import resource
-import subprocess
 import sys
 import time
 
@@ -40,20 +37,9 @@ def measure(n):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--rows', nargs='+', type=int, default=[10_000, 30_000, 100_000])
-  parser.add_argument('--alone', type=int, help='measure one size in this process')
-  args = parser.parse_args()
-  if args.alone:
-    print(json.dumps(measure(args.alone)))
-    return
-  rows = []
-  for n in args.rows:
-    done = subprocess.run([sys.executable, __file__, f'--alone={n}'], check=True,
-                          capture_output=True, text=True)
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
-  common.report('audit', 'duplicates and leaks among random vectors', rows)
+  rows = common.each_alone(__doc__, 'rows', [10_000, 30_000, 100_000], measure)
+  if rows is not None:
+    common.report('audit', 'duplicates and leaks among random vectors', rows)
 
 
 if __name__ == '__main__':

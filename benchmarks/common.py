@@ -1,5 +1,6 @@
 """Shared by the benchmarks: a description of the machine, timing, tables and JSON."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -8,6 +9,7 @@ import pathlib
 import platform
 import re
 import subprocess
+import sys
 import time
 
 import jax
@@ -79,6 +81,25 @@ def report(name, title, rows, output=None, **extra):
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(json.dumps({'environment': environment(), **extra, 'rows': rows}, indent=2,
                              ensure_ascii=False) + '\n')
+
+
+def each_alone(doc, option, default, measure):
+  """`measure(n)` for each of the numbers given with `--option`, each in a process of its own.
+
+  Returns:
+    What it returned for each; None in the process of one of them, which has printed it.
+  """
+  parser = argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument(f'--{option}', nargs='+', type=int, default=default)
+  parser.add_argument('--alone', type=int, help='measure one size in this process')
+  args = parser.parse_args()
+  if args.alone:
+    print(json.dumps(measure(args.alone)))
+    return None
+  done = (subprocess.run([sys.executable, sys.argv[0], f'--alone={n}'], check=True,
+                         stdout=subprocess.PIPE, text=True) for n in getattr(args, option))
+  return [json.loads(one.stdout.splitlines()[-1]) for one in done]
 
 
 def _cell(value):

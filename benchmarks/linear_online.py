@@ -7,13 +7,9 @@ random weights; one epoch. Each size in a process of its own: the peak of its me
 with the number of images.
 """
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import types
@@ -74,20 +70,9 @@ def measure(count):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--images', nargs='+', type=int, default=[5_000, 20_000])
-  parser.add_argument('--alone', type=int, help='measure one size in this process')
-  args = parser.parse_args()
-  if args.alone:
-    print(json.dumps(measure(args.alone)))
-    return
-  rows = []
-  for count in args.images:
-    done = subprocess.run([sys.executable, __file__, f'--alone={count}'], check=True,
-                          stdout=subprocess.PIPE, text=True)
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
-  common.report('linear_online', 'linear classifiers on a stream of images', rows)
+  rows = common.each_alone(__doc__, 'images', [5_000, 20_000], measure)
+  if rows is not None:
+    common.report('linear_online', 'linear classifiers on a stream of images', rows)
 
 
 if __name__ == '__main__':
