@@ -28,11 +28,12 @@ def _draw(config, key, images, cropped):
   return views.draw(config, key, images, cropped=cropped)
 
 
-def _drawn_by(config, images):
+def _drawn_by(config, images, view=0):
   """(views drawn on the device alone, views cropped on the host and colored on the device)."""
   config = config_dict.FrozenConfigDict(config)
-  key = views.key(config.seed, jnp.asarray(PLACE), jnp.asarray(INDEX))
+  key = views.key(config.seed, jnp.asarray(PLACE), jnp.asarray(INDEX), view)
   host = views.Crop.of(config, images.shape)(images, PLACE, INDEX)
+  host = host[:, view] if config.loss.views == 2 else host
   return (np.asarray(_draw(config, key, images.files[INDEX], False)),
           np.asarray(_draw(config, key, host, True)))
 
@@ -62,6 +63,19 @@ def test_the_host_s_crop_with_colors_is_the_device_s_view():
   assert error.mean() < 0.01 and error.max() < 0.15  # bytes, and three taps, on the host
   config.seed += 1
   assert np.abs(device - _drawn_by(config, images)[0]).mean() > 0.1
+
+
+def test_both_views_that_the_host_crops_are_the_device_s_and_the_first_is_the_only_one_s():
+  images = arrays.in_memory(smooth_images(height=64, width=48), None)
+  config = _config(std=(1.0, 1.0, 1.0))
+  alone = _drawn_by(config, images)
+  config.loss.views = 2
+  first, second = (_drawn_by(config, images, view) for view in (0, 1))
+  for found, expected in zip(first, alone):
+    np.testing.assert_array_equal(found, expected)
+  error = np.abs(second[0] - second[1])
+  assert error.mean() < 0.01 and error.max() < 0.15
+  assert np.abs(second[0] - first[0]).mean() > 0.1
 
 
 def test_a_view_depends_on_the_place_in_the_chain_and_on_the_image():
