@@ -147,7 +147,7 @@ def _log_sum(queries, bank, near, axis_name):
 
 
 def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'], *,
-            count: int, axis_name: str | None = None,
+            count: int, below_own: bool = False, axis_name: str | None = None,
             num_rows: int | None = None) -> Int[Array, 'B K']:
   """The rows most similar to each feature, but the image's own.
 
@@ -156,39 +156,20 @@ def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int
     bank: [N, D], or the local shard.
     index: [B] int.
     count: K, at most N - 1.
+    below_own: only rows less similar than the image's own: with K = 1 the semi-hard negative of
+      `triplet_loss` (Schroff et al., 2015), without it the hardest.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
 
   Returns:
-    [B, K] int32, of the global batch, on every device.
-  """
-  queries, bank, index = _as_data(features, bank, index, axis_name)
-  return neighbors.nearest(queries, bank, index, k=count, axis_name=axis_name,
-                           num_rows=num_rows)[1]
-
-
-def hardest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'], *,
-            semi: bool, axis_name: str | None = None,
-            num_rows: int | None = None) -> Int[Array, 'B 1']:
-  """The negative of each image for `triplet_loss`: the other row most similar to its feature.
-
-  Args:
-    features: [B, D] unit-norm.
-    bank: [N, D], or the local shard.
-    index: [B] int.
-    semi: only among rows less similar than the image's own (Schroff et al., 2015).
-    axis_name: mesh axis, or None.
-    num_rows: the true N where the bank is padded; needed with `axis_name`.
-
-  Returns:
-    [B, 1] int32, of the global batch, on every device; -1 where there is none.
+    [B, K] int32, of the global batch, on every device; -1 where there is none.
   """
   queries, bank, index = _as_data(features, bank, index, axis_name)
   below = None
-  if semi:
+  if below_own:
     below = _positive(queries, bank, index, axis_name)[1]
     below = below if axis_name is None else lax.psum(below, axis_name)
-  similarity, row = neighbors.nearest(queries, bank, index, below, k=1, axis_name=axis_name,
+  similarity, row = neighbors.nearest(queries, bank, index, below, k=count, axis_name=axis_name,
                                       num_rows=num_rows)
   return jnp.where(jnp.isfinite(similarity), row, -1)
 

@@ -331,8 +331,8 @@ def test_mined_rows_are_the_most_similar_others(num_devices):
   arrays = features.astype('f4'), bank.astype('f4'), jnp.asarray(index)
   for fn, expected in (
       (functools.partial(losses.nearest, count=7), ranked[:, :7]),
-      (functools.partial(losses.hardest, semi=False), ranked[:, :1]),
-      (functools.partial(losses.hardest, semi=True), below[:, None])):
+      (functools.partial(losses.nearest, count=1), ranked[:, :1]),
+      (functools.partial(losses.nearest, count=1, below_own=True), below[:, None])):
     if num_devices is None:
       found = fn(*arrays)
     else:
@@ -347,4 +347,5 @@ def test_mined_rows_are_the_most_similar_others(num_devices):
 def test_without_a_less_similar_row_there_is_no_semi_hard_one():
   bank = np.eye(4, D, dtype=np.float32)
   features = -bank  # the own row is the farthest
-  assert losses.hardest(features, bank, jnp.arange(4), semi=True).tolist() == [[-1]] * 4
+  found = losses.nearest(features, bank, jnp.arange(4), count=1, below_own=True)
+  assert found.tolist() == [[-1]] * 4

@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt, UInt8
 import numpy as np
@@ -59,6 +60,13 @@ def draw(config: config_lib.Config, key: Key[Array, ' B'], images: UInt8[Array, 
   """
   return augment.augment(key, images, augment.Augmentation.of(config.augment),
                          size=None if cropped else size(config, images.shape[1:]), dtype=dtype)
+
+
+def places(step: Int[Array, ''], batch_size: int, count: int, axis_name: str) -> UInt[Array, ' b']:
+  """Places in the chain of images of a device's `count` images of a batch; they wrap at 2^32."""
+  first = lax.axis_index(axis_name).astype(jnp.uint32) * count
+  slot = first + jnp.arange(count, dtype=jnp.uint32)
+  return step.astype(jnp.uint32) * jnp.uint32(batch_size) + slot
 
 
 @dataclasses.dataclass(frozen=True)

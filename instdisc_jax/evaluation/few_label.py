@@ -68,8 +68,7 @@ class Recipe:
 
   def rate(self, step: jax.Array, end: int) -> jax.Array:
     """The encoder's learning rate at a step."""
-    passed: Any = sum(step >= m * end // self.epochs for m in self.milestones)
-    return self.learning_rate * jnp.power(0.1, passed)
+    return self.learning_rate * supervised.decay(step, end, self.milestones, self.epochs)
 
 
 def measure(model: Any, starts: Mapping[str, Callable[[int], dict[str, Any]]], train: data.Images,

@@ -79,8 +79,7 @@ class Recipe:
 
   def factor(self, step: jax.Array, end: int) -> jax.Array:
     """By what the learning rates are multiplied at a step."""
-    passed: Any = sum(step >= m * end // self.epochs for m in self.milestones)
-    return jnp.power(0.1, passed)
+    return supervised.decay(step, end, self.milestones, self.epochs)
 
 
 def measure(model: Any, train: data.Images, test: data.Images, labels: tuple[Any, Any], *,

@@ -4,7 +4,7 @@ Batches come from the feeds of a run, and are functions of (seed, step) alone: a
 stopped resumes with the same bits, from a checkpoint that is a few minutes old at most.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.struct
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -109,6 +108,12 @@ def configure(config: config_lib.Config, path: str, seed: int, batch_size: int,
   return config
 
 
+def decay(step: jax.Array, end: int, milestones: Sequence[int], epochs: int) -> jax.Array:
+  """By what a learning rate is multiplied at a step: a tenth at each milestone, in epochs."""
+  passed: Any = sum(step >= m * end // epochs for m in milestones)
+  return jnp.power(0.1, passed)
+
+
 def path_of(images: data.Images) -> str:
   """'resident' for images in an array, else 'stream'."""
   return 'resident' if isinstance(images.files, np.ndarray) else 'stream'
@@ -127,9 +132,7 @@ def take(config: config_lib.Config, feed: Any, seed: Any, step: jax.Array,
   """
   batch = feed.take(inputs, 0)
   index, cropped = batch['index'], 'view' in batch
-  slot = lax.axis_index(AXIS).astype(jnp.uint32) * index.size + jnp.arange(
-      index.size, dtype=jnp.uint32)
-  key = views.key(seed, step.astype(jnp.uint32) * config.batch_size + slot, index)
+  key = views.key(seed, views.places(step, config.batch_size, index.size, AXIS), index)
   return views.draw(config, key, batch['view' if cropped else 'image'], cropped=cropped), index
 
 

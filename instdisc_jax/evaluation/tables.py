@@ -212,12 +212,8 @@ def measured(workdir: pathlib.Path, with_svm: bool) -> Measures | None:
   return kept | ({'svm': svm[0]['top1']} if svm else {})
 
 
-def ended(output: pathlib.Path, table: str, scale: str) -> Results:
-  """The finished runs of a table.
-
-  Raises:
-    errors.UserError: the folder holds another table.
-  """
+def check_output(output: pathlib.Path, table: str, scale: str) -> None:
+  """Raises `errors.UserError` if the folder holds another table."""
   file = output / RESULTS
   if file.exists():
     found = json.loads(file.read_text())
@@ -225,6 +221,15 @@ def ended(output: pathlib.Path, table: str, scale: str) -> Results:
       raise errors.UserError(
           f"'{output}' holds the table {found['table']} of the scale {found['scale']}",
           remedy='set another <--output>', setting='--output')
+
+
+def ended(output: pathlib.Path, table: str, scale: str) -> Results:
+  """The finished runs of a table.
+
+  Raises:
+    errors.UserError: the folder holds another table.
+  """
+  check_output(output, table, scale)
   results: Results = {title: {} for title in TABLES[table].rows}
   for number, by_seed in enumerate(results.values()):
     for workdir in (output / 'rows').glob(f'{number}-seed*'):

@@ -20,7 +20,7 @@ import numpy as np
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import digits
 from instdisc_jax.evaluation import tables
-from instdisc_jax.runtime import errors, files
+from instdisc_jax.runtime import files
 
 SCALES = 'smoke', 'paper'
 Rows: TypeAlias = list[dict[str, Any]]  # what a protocol yields
@@ -108,13 +108,7 @@ def run(output: pathlib.Path, runs: pathlib.Path, table: str, scale: str, *,
     errors.Stopped: stopped by a signal.
   """
   entry = TABLES[table]
-  file = output / tables.RESULTS
-  if file.exists():
-    found = json.loads(file.read_text())
-    if (found['table'], found['scale']) != (table, scale):
-      raise errors.UserError(
-          f"'{output}' holds the table {found['table']} of the scale {found['scale']}",
-          remedy='set another <--output>', setting='--output')
+  tables.check_output(output, table, scale)
   data = entry.other_data.get(scale)
   if data is not None and '{output}' in data:
     output.mkdir(parents=True, exist_ok=True)

@@ -42,10 +42,8 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
     (state, metrics): metrics are scalars over the global batch, see `update`.
   """
   config, index, num_rows = setup.config, batch['index'], setup.num_rows
-  # Places in the chain of images; they wrap around at 2^32, then only the index tells them apart.
-  first = lax.axis_index(AXIS).astype(jnp.uint32) * index.size
-  slot = first + jnp.arange(index.size, dtype=jnp.uint32)
-  place = state.step.astype(jnp.uint32) * jnp.uint32(config.batch_size) + slot
+  # Where places wrap around, only the index tells two visits apart.
+  place = views.places(state.step, config.batch_size, index.size, AXIS)
   visited = None
   if config.loss.proximal_weight and not setup.inherits_rows:
     visited = (place >= num_rows) | (state.step > num_rows // config.batch_size)
@@ -219,8 +217,8 @@ def _loss(features, index, noise_index, normalizer, *, state, config, kernel, **
                                  'normalizer_drift': jnp.log(estimate / normalizer)}
     case 'triplet':
       if loss.mining != 'sampled':
-        noise_index = losses.hardest(features, bank, index, semi=loss.mining == 'semi_hard',
-                                     **shared)
+        noise_index = losses.nearest(features, bank, index, count=1,
+                                     below_own=loss.mining == 'semi_hard', **shared)
       value = losses.triplet_loss(features, bank, index, noise_index, margin=loss.margin, **shared)
     case _:
       raise ValueError(f'unknown loss {loss.name}')
