@@ -273,3 +273,22 @@ def test_checkpoints_by_time_change_no_bit(trained, tmp_path):
     assert found[key] == summary[key]
   saved = {int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()}
   assert len(saved) > 3 and max(saved) == 12  # not only at the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('setting, value', [
+    ('loss.views', 2), ('loss.neighbors', 3), ('loss.name', 'triplet'), ('loss.mining', 'hardest'),
+    ('model.head', 'mlp'), ('optimizer.name', 'adamw'), ('loss.proximal_weight', 1.0),
+    ('augment.flip', 0.5), ('optimizer.schedule', 'cosine')])
+def test_a_switch_changes_what_a_run_learns(trained, setting, value, tmp_path):
+  config = small_config()
+  config.update_from_flattened_dict({setting: value})
+  if setting == 'loss.mining':
+    config.loss.name = 'triplet'
+  config.loss.neighbors_from_epoch = 1
+  found = experiment.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert found['bank_digest'] != trained[1]['bank_digest']
+  assert found['final_loss'] != trained[1]['final_loss']
+  assert (found['knn_top1_pooled'] is not None) == (setting == 'model.head')
+  if setting == 'model.head':
+    assert 0.05 < found['knn_top1_pooled'] <= 1 and found['knn_top1_pooled'] != found['knn_top1']

@@ -10,7 +10,7 @@ import numpy as np
 from instdisc_jax import config as config_lib
 from instdisc_jax import data, linalg
 from instdisc_jax.data import views
-from instdisc_jax.evaluation import embedding, figures, geometry, knn, two_views
+from instdisc_jax.evaluation import embedding, figures, geometry, knn, nearest, two_views
 from instdisc_jax.runtime import distributed, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training.state import Setup, TrainState
@@ -46,9 +46,9 @@ class Evaluator:
     size = views.size(config, dataset.train.shape)
     self.side = size[0]
     self._engine = embedding.Engine(config, setup.encoder, mesh, size, watch.check)
-    k = num_searched(config, setup.num_rows - (self._own_row is not None))
-    self._nearest = knn.over_mesh(mesh, k, setup.num_rows, config.knn.recall_target)
-    self._exact = knn.over_mesh(mesh, k, setup.num_rows)
+    self._k = num_searched(config, setup.num_rows - (self._own_row is not None))
+    self._nearest = knn.over_mesh(mesh, self._k, setup.num_rows, config.knn.recall_target)
+    self._exact = knn.over_mesh(mesh, self._k, setup.num_rows)
     self._geometry = geometry.of_bank(mesh, setup.num_rows)
 
   def embed(self, state: TrainState, images: data.Images) -> Float[np.ndarray, 'n D']:
@@ -83,6 +83,16 @@ class Evaluator:
       queries = self.embed(state, self.queries)
     found = self._search(queries, rows)
     return self._top1(*found), *found
+
+  def pooled(self, state: TrainState) -> float | None:
+    """kNN top-1 by the features that the head maps to embeddings; None without labels."""
+    if not self.has_labels:
+      return None
+    parts = self._engine.run(_variables(state), self.queries, ('pooled',))
+    queries = {'pooled': np.concatenate([part['pooled'] for part in parts])}
+    found = nearest.search(self._engine, _variables(state), self._train, queries, self._k,
+                           own_row=self._own_row)
+    return self._top1(*found['pooled'])
 
   def agreement(self, state: TrainState) -> float | None:
     """How far two views of an image agree on its neighbors; None if there are few images."""

@@ -23,7 +23,8 @@ _QUERIES = 2**26  # values of the queries that are searched for at once
 
 def search(engine: embedding.Engine, variables: dict[str, Any], train: data.Images,
            queries: dict[str, Float[np.ndarray, 'Q F']], k: int,
-           most_bytes: float | None = None, check: Callable[[], None] = lambda: None
+           most_bytes: float | None = None, check: Callable[[], None] = lambda: None,
+           own_row: Int[np.ndarray, ' Q'] | None = None
            ) -> dict[str, tuple[Float[np.ndarray, 'Q K'], Int[np.ndarray, 'Q K']]]:
   """The K training images most similar to each test image; every process must call it.
 
@@ -35,6 +36,7 @@ def search(engine: embedding.Engine, variables: dict[str, Any], train: data.Imag
     k: K <= N.
     most_bytes: what the rows of a block may take on a device; by default `SHARE` of its memory.
     check: called between the chunks of images; what it raises ends the search.
+    own_row: [Q] the training image that each test image is, which is left out; None if none is.
 
   Returns:
     {name: (cosine [Q, K], row [Q, K]), the most similar first}, on every process.
@@ -53,23 +55,29 @@ def search(engine: embedding.Engine, variables: dict[str, Any], train: data.Imag
     rows = engine.rows(variables, train.subset(np.arange(first, end), f'{first} to {end}'),
                        tuple(queries), check)
     for name, query in queries.items():
-      similarity, row = among(engine.mesh, normalize(rows.pop(name)), query, k, end - first)
+      own = None if own_row is None else np.where(own_row < end, own_row - first, -1)
+      similarity, row = among(engine.mesh, normalize(rows.pop(name)), query, k, end - first, own)
       found[name] = [_merged([*found[name], (similarity, first + row)], k)]
   return {name: parts[0] for name, parts in found.items()}
 
 
 def among(mesh: jax.sharding.Mesh, rows: Float[jax.Array, 'N F'],
-          queries: Float[np.ndarray, 'Q F'], k: int, num_rows: int
+          queries: Float[np.ndarray, 'Q F'], k: int, num_rows: int,
+          own_row: Int[np.ndarray, ' Q'] | None = None
           ) -> tuple[Float[np.ndarray, 'Q K'], Int[np.ndarray, 'Q K']]:
   """The K most similar of N sharded unit-norm rows (padding not counted), or all if they are fewer.
+
+  With `own_row`, [Q], the row of each query is left out, as if its similarity were -inf; rows
+  outside of [0, N) are none.
 
   Returns:
     (cosine [Q, K], row [Q, K]), on every process.
   """
   program = knn.over_mesh(mesh, min(k, num_rows), num_rows)
   size = queries_at_once(*queries.shape)
-  parts = [jax.device_get(program(mesh_lib.replicate(part, mesh), rows, None))
-           for part in _chunks(linalg.unit(queries), size)]
+  own_row = np.full(len(queries), -1, np.int32) if own_row is None else own_row
+  parts = [jax.device_get(program(mesh_lib.replicate(part, mesh), rows, own))
+           for part, own in zip(_chunks(linalg.unit(queries), size), _chunks(own_row, size))]
   similarity, row = (np.concatenate(values) for values in zip(*parts))
   return similarity, row
 

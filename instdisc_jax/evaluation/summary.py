@@ -54,6 +54,7 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
       'knn_recall': evaluator.recall(state),
       'knn_top1': top1,
       'knn_top1_bank': evaluator.from_bank(state),
+      'knn_top1_pooled': evaluator.pooled(state) if config.model.head == 'mlp' else None,
       'knn_top1_untrained': before.get('knn_top1_untrained'),
       'knn_top1_pixels': before.get('knn_top1_pixels'),
       'neighbor_agreement': evaluator.agreement(state),
@@ -151,9 +152,11 @@ def show(summary: dict[str, Any], workdir: files.Place, console: rich_console.Co
   for title, key in (('raw pixels, mean-centered', 'knn_top1_pixels'),
                      ('untrained encoder', 'knn_top1_untrained'),
                      ('trained encoder', 'knn_top1'),
-                     ('trained encoder, against bank rows', 'knn_top1_bank')):
-    value = summary[key]
-    table.add_row(title, '–' if value is None else f'{value:.3f}')
+                     ('trained encoder, against bank rows', 'knn_top1_bank'),
+                     ('trained encoder, before the MLP head', 'knn_top1_pooled')):
+    value = summary.get(key)
+    if value is not None or key != 'knn_top1_pooled':
+      table.add_row(title, '–' if value is None else f'{value:.3f}')
   if summary['knn_top1'] is not None:
     console.print(table)
   if line := outcome(summary)[1]:

@@ -39,3 +39,16 @@ def test_queries_in_parts_find_the_same(sets, monkeypatch):
   queries = random.standard_normal((21, 8)).astype(np.float32)
   monkeypatch.setattr(nearest, '_QUERIES', 40)  # five queries at a time
   _check(nearest.among(mesh, mesh_lib.shard_rows(rows, mesh), queries, 60, 50), rows, queries, 60)
+
+
+def test_a_query_among_the_training_images_is_not_its_own_neighbor(sets):
+  engine, variables, images = sets.model.engine, sets.model.variables, sets.train_images
+  rows = np.concatenate([part['pooled'] for part in engine.run(variables, images, ['pooled'])])
+  own_row = np.arange(0, len(rows), 3)
+  similarity, row = nearest.search(engine, variables, images, {'pooled': rows[own_row]}, 7,
+                                   most_bytes=4 * rows.shape[1] * 5, own_row=own_row)['pooled']
+  unit = rows.astype(np.float64) / np.linalg.norm(rows, axis=1, keepdims=True)
+  cosine = unit[own_row] @ unit.T
+  cosine[np.arange(len(own_row)), own_row] = -np.inf
+  np.testing.assert_allclose(similarity, -np.sort(-cosine, axis=1)[:, :7], atol=1e-6)
+  assert not (row == own_row[:, None]).any()
