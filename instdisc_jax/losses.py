@@ -39,7 +39,6 @@ _jit = functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'mos
 
 def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
                  index: Int[Array, ' B'], *, temperature: float,
-                 other: Float[Array, 'B D'] | None = None,
                  near: Int[Array, 'B K'] | None = None, axis_name: str | None = None,
                  num_rows: int | None = None, kernel: str = 'xla', block_rows: int | None = None,
                  largest_norm: float | None = bank_lib.LARGEST_NORM) -> Float[Array, ' B']:
@@ -56,15 +55,11 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
 
       loss_i  = -log Σ_{j in P_i} p_ij
 
-  With `other`, the features v'_i of other views of the images, the same loss is added with v'_i in
-  place of V_i, and is differentiated with respect to both.
-
   Args:
     features: [B, D] unit-norm.
     bank: [N, D], or the local shard.
     index: [B] int.
     temperature: τ > 0.
-    other: [B, D] unit-norm, or None.
     near: [B, K] int, of the global batch when `axis_name` is given, see `nearest`; -1 for no row.
     axis_name: mesh axis over which batch and rows are sharded, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
@@ -78,14 +73,14 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
   largest_logit = None
   if largest_norm is not None and isinstance(temperature, (int, float)):
     largest_logit = largest_norm / temperature
-  return _softmax_loss(features, other, bank, index, near, temperature, axis_name=axis_name,
+  return _softmax_loss(features, bank, index, near, temperature, axis_name=axis_name,
                        num_rows=num_rows, kernel=kernel, block_rows=block_rows,
                        largest_logit=largest_logit)
 
 
 @functools.partial(jax.jit, static_argnames=('axis_name', 'num_rows', 'kernel', 'block_rows',
                                              'largest_logit'))
-def _softmax_loss(features, other, bank, index, near, temperature, *, axis_name, num_rows, kernel,
+def _softmax_loss(features, bank, index, near, temperature, *, axis_name, num_rows, kernel,
                   block_rows, largest_logit):
   queries, bank, index = _as_queries(features, bank, index, temperature, axis_name)
   positive, positive_logit = _positive(queries, bank, index, axis_name)
@@ -94,7 +89,7 @@ def _softmax_loss(features, other, bank, index, near, temperature, *, axis_name,
       kernel, queries, bank, num_local, padding=bank_lib.count_padding(bank, axis_name, num_rows),
       largest_logit=largest_logit, block_rows=block_rows)
   logsumexp, mean_row = _combine(*sums, axis_name)
-  if other is None and near is None:
+  if near is None:
     mine, gradient = _to_owner((positive_logit, (mean_row - positive) / temperature), axis_name)
     return _with_gradient(_own(logsumexp, features, axis_name) - mine, gradient, features)
 
@@ -104,34 +99,13 @@ def _softmax_loss(features, other, bank, index, near, temperature, *, axis_name,
   near_logit, near_row = _log_sum(queries, bank, near, axis_name)
   positives = jnp.logaddexp(positive_logit, near_logit)
   share = jnp.exp(positive_logit - positives)[:, None]
-  loss = logsumexp - positives
   weighted = mean_row - share * positive - (1 - share) * near_row
-  slope = None
-  if other is not None:
-    product = jnp.sum(lax.stop_gradient(features * other), axis=1)
-    pair = bank_lib.gather(product / temperature, axis_name)
-    p = jnp.exp(positive_logit - logsumexp)
-    remaining = jnp.maximum(-jnp.expm1(positive_logit - logsumexp), jnp.finfo(p.dtype).eps)
-    others = logsumexp + jnp.log(remaining)  # over all rows but the image's own
-    of_all, of_near = jax.nn.sigmoid(others - pair), jax.nn.sigmoid(near_logit - pair)
-    loss += jax.nn.softplus(others - pair) - jax.nn.softplus(near_logit - pair)
-    weighted += ((of_all / remaining)[:, None] * (mean_row - p[:, None] * positive)
-                 - of_near[:, None] * near_row)
-    slope = of_near - of_all  # of the loss along the pair's logit
-  loss, gradient = _own(loss, features, axis_name), _to_owners(weighted, axis_name) / temperature
-  loss = _with_gradient(loss, gradient, features)
-  if other is None or slope is None:
-    return loss
-  slope = _own(slope, features, axis_name)[:, None] / temperature
-  loss = _with_gradient(loss, slope * lax.stop_gradient(other), features)
-  return _with_gradient(loss, slope * lax.stop_gradient(features), other)
+  loss = _own(logsumexp - positives, features, axis_name)
+  return _with_gradient(loss, _to_owners(weighted, axis_name) / temperature, features)
 
 
 def _log_sum(queries, bank, near, axis_name):
   """(log Σ_k exp(logit) [B] of some rows, -inf of none; a device's share of Σ_k p_k V_k [B, D])."""
-  if near is None:
-    return jnp.full(len(queries), -jnp.inf, queries.dtype), jnp.zeros_like(queries)
-
   def sums(noise):
     logit = jnp.where(noise.owned, noise.logit, -jnp.inf)
     peak = jnp.max(logit, axis=1)
@@ -144,6 +118,69 @@ def _log_sum(queries, bank, near, axis_name):
   total = total * shrink if axis_name is None else lax.psum(total * shrink, axis_name)
   return (kernels.finite(peak) + jnp.log(total),
           weighted * (shrink / jnp.where(total > 0, total, 1))[:, None])
+
+
+def other_view_loss(features: Float[Array, 'V D'], *, temperature: float,
+                    axis_name: str | None = None) -> Float[Array, ' V']:
+  """The softmax over the other views of the batch, for two views v, v' of each of its B images:
+
+      loss_i  = logsumexp_j(v'_j·v_i / τ) - v'_i·v_i / τ
+
+  Differentiated with respect to both views. It needs no bank: unlike rows, which lag behind, these
+  negatives move with the positive, so that no common drift of all features lowers the loss. (The
+  positive is InvaSpread's, Ye et al., 2019; the form that of MoCo v3, Chen et al., 2021.)
+
+  Args:
+    features: [V, D] unit-norm, V = 2 B, all first views before all second ones; local when
+      `axis_name` is given, where each device compares its own with the global batch.
+    temperature: τ > 0.
+    axis_name: mesh axis over which the batch is sharded, or None.
+
+  Returns:
+    [V].
+  """
+  return _other_view_loss(features, temperature, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _other_view_loss(features, temperature, axis_name):
+  return _compare_views(features, temperature, axis_name)[0]
+
+
+def _compare_views(features, temperature, axis_name):
+  """[2 b, D] -> (loss [2 b], residuals)."""
+  pairs, other = _by_view(features), _by_view(features, axis_name)[::-1]
+  logits = dot(pairs, other, (((2,), (2,)), ((0,), (0,)))) / temperature  # [2, b, B]
+  logsumexp = jax.nn.logsumexp(logits, axis=2)
+  pair = jnp.sum(pairs * pairs[::-1], axis=2) / temperature
+  return (logsumexp - pair).reshape(-1), (other, logits, logsumexp)
+
+
+def _other_view_gradient(temperature, axis_name, residuals, cotangent):
+  """Of a view as a query of its own, and as a column of the others'."""
+  other, logits, logsumexp = residuals
+  size = logsumexp.shape[1]
+  columns = jnp.stack([logsumexp.reshape(-1), cotangent], axis=1)
+  logsumexp_of, cotangent_of = jnp.moveaxis(_by_view(columns, axis_name)[::-1, None], -1, 0)
+  cotangent = cotangent.reshape(2, size)
+  weight = (jnp.exp(logits - logsumexp[..., None]) * cotangent[..., None]
+            + jnp.exp(logits - logsumexp_of) * cotangent_of)
+  first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+  own = (first + jnp.arange(size))[:, None] == jnp.arange(logits.shape[2])
+  weight -= own * (cotangent + cotangent[::-1])[..., None]
+  gradient = dot(weight, other, (((2,), (1,)), ((0,), (0,)))) / temperature
+  return (gradient.reshape(-1, gradient.shape[-1]),)
+
+
+def _by_view(x, axis_name=None):
+  """Local [2 b, ...], all first views before all second ones -> [2, B, ...] of the global batch."""
+  devices = 1 if axis_name is None else lax.axis_size(axis_name)
+  shape = x.shape[1:]
+  parts = bank_lib.gather(x, axis_name).reshape(devices, 2, -1, *shape)
+  return parts.swapaxes(0, 1).reshape(2, -1, *shape)
+
+
+_other_view_loss.defvjp(_compare_views, _other_view_gradient)
 
 
 def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int[Array, ' B'], *,

@@ -36,7 +36,7 @@ def _near(count):
 def _softmax_with_near(count):
   near = _near(count)
   return (lambda f, b, i, **kwargs: losses.softmax_loss(f, b, i, near=jnp.asarray(near), **kwargs),
-          lambda f, b, i, t: twins.positives(f, b, i, near, t)[:2], 0, {})
+          lambda f, b, i, t: twins.positives(f, b, i, near, t), 0, {})
 
 
 def _triplet(features, bank, index, noise_index, temperature, **kwargs):
@@ -277,46 +277,43 @@ def test_sampled_losses_hold_little_at_once(num_noise, shared, most_held):
       np.testing.assert_allclose(part, whole, rtol=1e-5, atol=1e-5)
 
 
-def _two_views(num_devices, count, dtype):
-  """(loss, gradient in features, in the other views): by the twin, and by the package."""
-  features, bank, index, _ = _inputs(1)
-  other = twins.unit_rows(np.random.default_rng(5), B, D) + 2 * features
-  other /= np.linalg.norm(other, axis=1, keepdims=True)
-  near = _near(count) if count else np.full((B, 1), -1)
-  expected = twins.positives(features, bank, index, near, TEMPERATURE, other)
-  near = jnp.asarray(near) if count else None
-  arrays = [jnp.asarray(x, dtype) for x in (features, other, bank)] + [jnp.asarray(index)]
+def _two_views(num_devices, dtype):
+  """(loss [2, B], gradients [2, B, D]): by the twin, and by the package."""
+  random = np.random.default_rng(5)
+  first = twins.unit_rows(random, B, D)
+  second = twins.unit_rows(random, B, D) + 2 * first
+  second /= np.linalg.norm(second, axis=1, keepdims=True)
+  weight = random.uniform(0.5, 1.5, (2, B))
+  expected = twins.other_views(first, second, TEMPERATURE, weight)
 
-  def both(features, other, bank, index, **kwargs):
-    loss = functools.partial(losses.softmax_loss, temperature=TEMPERATURE, near=near, **kwargs)
-    value, pull = jax.vjp(lambda f, g: loss(f, bank, index, other=g), features, other)
-    return value, *pull(jnp.ones_like(value))
+  def both(views, weight, axis_name=None):
+    loss = lambda x: losses.other_view_loss(x.reshape(-1, D), temperature=TEMPERATURE,
+                                            axis_name=axis_name).reshape(2, -1)
+    value, pull = jax.vjp(loss, views)
+    return value, *pull(weight)
 
   if num_devices:
-    local = P(mesh_lib.AXIS)
+    local = P(None, mesh_lib.AXIS)
     both = jax.jit(jax.shard_map(
-        functools.partial(both, axis_name=mesh_lib.AXIS, num_rows=N), out_specs=local,
-        mesh=mesh_lib.make(jax.devices()[:num_devices]), in_specs=(local,) * 4))
-    arrays[2] = mesh_lib.pad_rows(arrays[2], num_devices)
-  return expected, both(*arrays)
+        functools.partial(both, axis_name=mesh_lib.AXIS), in_specs=local, out_specs=local,
+        mesh=mesh_lib.make(jax.devices()[:num_devices])))
+  return expected, both(jnp.asarray([first, second], dtype), jnp.asarray(weight, dtype))
 
 
-@pytest.mark.parametrize('count', [0, 2, 20])
-def test_two_views_equal_the_twin_on_any_number_of_devices(count):
+@pytest.mark.parametrize('num_devices', [None, 1, 2, 4, 8])
+def test_two_views_equal_the_twin_on_any_number_of_devices(num_devices):
   with jax.enable_x64(True):
-    for num_devices in (None, 1, 2, 4, 8):
-      for expected, found in zip(*_two_views(num_devices, count, jnp.float64)):
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-11)
-  for expected, found in zip(*_two_views(8, count, jnp.float32)):
+    for expected, found in zip(*_two_views(num_devices, jnp.float64)):
+      np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-11)
+  for expected, found in zip(*_two_views(num_devices, jnp.float32)):
     np.testing.assert_allclose(found, expected, rtol=3e-5, atol=3e-5)
 
 
-def test_two_views_stay_finite_where_the_own_row_has_all_the_weight():
-  bank = np.eye(8, D, dtype=np.float32)
-  fn = lambda f, g: losses.softmax_loss(f, bank, jnp.arange(8), temperature=0.02, other=g).sum()
-  for other in (bank, bank[::-1]):
-    loss, grads = jax.value_and_grad(fn, (0, 1))(jnp.asarray(bank), jnp.asarray(other))
-    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads)
+def test_the_gradient_of_two_views_is_that_of_finite_differences():
+  with jax.enable_x64(True):
+    features = jnp.asarray(twins.unit_rows(np.random.default_rng(6), 2 * B, D))
+    fn = functools.partial(losses.other_view_loss, temperature=TEMPERATURE)
+    jax.test_util.check_grads(fn, (features,), order=1, modes=['rev'], rtol=1e-6)
 
 
 @pytest.mark.parametrize('num_devices', [None, 8])

@@ -14,24 +14,31 @@ def softmax(features, bank, index, temperature):
   return np.array(losses), np.array(grads)
 
 
-def positives(features, bank, index, near, temperature, other=None):
-  """(loss [B], gradients in features and in other) of the softmax with several positives."""
-  losses, grads, other_grads = [], np.zeros_like(features), np.zeros_like(features)
+def positives(features, bank, index, near, temperature):
+  """(loss [B], gradients) of the softmax with several positives."""
+  losses, grads = [], []
   for b, (v, i) in enumerate(zip(features, index)):
     chosen = [i, *(j for j in near[b] if j >= 0)]
-    total = 0.0
-    for view in (None,) if other is None else (None, other[b]):
-      rows = bank.copy()
-      if view is not None:
-        rows[i] = view
-      p = np.exp(rows @ v / temperature)
-      q = p[chosen] / p[chosen].sum()
-      total += np.log(p.sum()) - np.log(p[chosen].sum())
-      grads[b] += (p / p.sum() @ rows - q @ rows[chosen]) / temperature
-      if view is not None:
-        other_grads[b] += (p[i] / p.sum() - q[0]) * v / temperature
-    losses.append(total)
-  return np.array(losses), grads, other_grads
+    p = np.exp(bank @ v / temperature)
+    q = p[chosen] / p[chosen].sum()
+    losses.append(np.log(p.sum()) - np.log(p[chosen].sum()))
+    grads.append((p / p.sum() @ bank - q @ bank[chosen]) / temperature)
+  return np.array(losses), np.array(grads)
+
+
+def other_views(first, second, temperature, weight):
+  """(loss [2, B], gradients [2, B, D] of its sum weighted by `weight` [2, B])."""
+  views, losses, grads = (first, second), np.zeros((2, len(first))), np.zeros((2, *first.shape))
+  for view in (0, 1):
+    others = views[1 - view]
+    for i, v in enumerate(views[view]):
+      p = np.exp(others @ v / temperature)
+      p /= p.sum()
+      losses[view, i] = -np.log(p[i])
+      p[i] -= 1
+      grads[view, i] += weight[view, i] * (p @ others) / temperature
+      grads[1 - view] += weight[view, i] * np.outer(p, v) / temperature
+  return losses, grads
 
 
 def triplet(features, bank, index, noise_index, margin):

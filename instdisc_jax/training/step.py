@@ -200,9 +200,11 @@ def _loss(features, index, noise_index, normalizer, *, state, config, kernel, **
   match loss.name:
     case 'softmax':
       near = _near(features, index, bank, state.step, config, **shared)
-      other = jnp.roll(features, len(index) // 2, axis=0) if loss.views == 2 else None
-      value = losses.softmax_loss(features, bank, index, other=other, near=near, kernel=kernel,
+      value = losses.softmax_loss(features, bank, index, near=near, kernel=kernel,
                                   block_rows=loss.block_rows, **tempered)
+      if loss.views == 2:
+        value += losses.other_view_loss(features, temperature=loss.temperature,
+                                        axis_name=shared['axis_name'])
     case 'parametric_softmax':  # its weights have any norm
       value = losses.softmax_loss(features, state.classifier['weights'], index, largest_norm=None,
                                   block_rows=loss.block_rows, **tempered)
