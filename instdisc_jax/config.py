@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from ml_collections import config_dict
 
-from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import errors, tracker
 
 Config: TypeAlias = Any  # a `ConfigDict`, whose settings no type checker knows
 
@@ -104,6 +104,8 @@ SETTINGS = (
     Setting('deterministic', False, 'the same bits from run to run on GPU, at some cost in speed'),
     Setting('log_every_steps', 100, 'log interval in steps; the end of an epoch is always logged',
             _at_least(1), changeable=True),
+    Setting('tracker', None, 'shows the metrics beside those of other runs; None: only the files '
+            'of the workdir', _one_of(*tracker.NAMES), str, changeable=True),
     Setting('profile_steps', None, 'steps to trace for the profiler; None: no trace', _at_least(1),
             int, changeable=True),
 
@@ -150,8 +152,8 @@ SETTINGS = (
             'exponential moving average, or a number', _NORMALIZER),
     Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
     Setting('loss.proximal_weight', 0.0, 'weight λ of the proximal term', _NON_NEGATIVE),
-    Setting('loss.views', 1, 'views of each image per step; the second one is a positive too, with '
-            'softmax', _one_of(1, 2)),
+    Setting('loss.views', 1, 'views of each image per step; two, with softmax, must also recognize '
+            'each other', _one_of(1, 2)),
     Setting('loss.neighbors', 0, 'rows nearest to a feature that are positives too, with softmax',
             _at_least(0)),
     Setting('loss.neighbors_from_epoch', 10, 'epoch from which they are', _NON_NEGATIVE),

@@ -22,6 +22,7 @@ from instdisc_jax.runtime import (
   metrics,
   preemption,
   profiling,
+  tracker,
 )
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
@@ -88,7 +89,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     elif config.model.init is not None:
       state = warm_start.with_rows(state, config.model.init, dataset, evaluator.embed_in_parts,
                                    setup.mesh)
-    lines = closing(metrics.Metrics(workdir, saved or 0))
+    lines = closing(metrics.Metrics(workdir, saved or 0,
+                                    tracker.start(config.tracker, workdir, settings)))
     if saved is None and setup.num_rows <= FEW_ROWS:
       progress.print(summary_lib.measure_start(workdir, evaluator, state))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
@@ -110,6 +112,7 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
              mesh: jax.sharding.Mesh) -> tuple[Setup, data.Dataset]:
   """The run's setup and its data; raises `errors.UserError` if they do not fit together."""
   config_lib.validate(config)
+  tracker.module(config.tracker)
   dataset = data.load(config.dataset, config.seed, workdir)
   num_rows = len(dataset.train)
   stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}

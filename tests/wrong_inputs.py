@@ -183,6 +183,7 @@ CASES = [
     _setting('word instead of true or false', 'deterministic=perhaps'),
     _setting('word instead of numbers in parentheses', 'optimizer.milestones=late'),
     _setting('seed below 0', 'seed=-1'),
+    _setting('unknown tracker', 'tracker=mlflow'),
     _setting('0 epochs', 'epochs=0'),
     _setting('batch larger than the data set', 'batch_size=1304'),
     _setting('batch size not divisible by the number of devices', 'batch_size=100'),

@@ -21,14 +21,16 @@ class Metrics:
     workdir: the run's folder.
     step: the step that the run resumes from. Later lines, left by a run that was stopped after
       its last checkpoint, are dropped, so that no step is reported twice.
+    tracker: is told the same, see `tracker.start`; or None.
 
   Attributes:
     earlier_seconds: wall-clock time spent earlier, according to the kept lines.
     evaluated: steps whose evaluation is in the kept lines.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], step: int):
+  def __init__(self, workdir: str | os.PathLike[str], step: int, tracker: Any = None):
     self._lines = self._file = self._events = None
+    self._tracker = tracker
     kept = [line for line in read(workdir) if line['step'] <= step]
     self.earlier_seconds = max((line.get('wall_seconds', 0) for line in kept), default=0)
     self.evaluated = {line['step'] for line in kept if {'knn_top1', 'uniformity'} & line.keys()}
@@ -51,9 +53,11 @@ class Metrics:
     else:
       self._file.write(self._lines[-1])
       self._file.flush()
-    for name, value in values.items():
-      if value is not None:
-        self._events.add_scalar(name, value, step)
+    known = {name: value for name, value in values.items() if value is not None}
+    for name, value in known.items():
+      self._events.add_scalar(name, value, step)
+    if self._tracker is not None:
+      self._tracker.log(known, step=step)
 
   def close(self) -> None:
     """Closes the files."""
@@ -61,6 +65,8 @@ class Metrics:
       self._file.close()
     if self._events is not None:
       self._events.close()
+    if self._tracker is not None:
+      self._tracker.finish()
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
