@@ -5,6 +5,7 @@
     embedding_size   D from 32 to 256
     train_fraction   a part of the training images, and all of them
     proximal         NCE with M = 4,096: λ of the proximal term against the momentum of the bank
+    recipe           the published CIFAR-10 recipe, and what else can be switched on
 
 and what the features are good for, at the scales `smoke` and `paper`:
 

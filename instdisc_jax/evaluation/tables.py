@@ -5,22 +5,25 @@
     embedding_size   D from 32 to 256
     train_fraction   a part of the training images, and all of them
     proximal         NCE with M = 4,096: λ of the proximal term against the momentum of the bank
+    recipe           the published CIFAR-10 recipe, and what else can be switched on
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
 from typing import Any, TypeAlias
 
 import jax
+from matplotlib import colormaps
 from matplotlib import figure as figure_lib
 import numpy as np
 
 from instdisc_jax import __version__
 from instdisc_jax import config as config_lib
 from instdisc_jax.evaluation import few_label, figures, summary
-from instdisc_jax.runtime import errors, files
+from instdisc_jax.runtime import errors, files, metrics
+from instdisc_jax.runtime import workdir as workdir_lib
 
 RESULTS = 'results.json'
 _SVM_FILE = 'svm.json'
@@ -34,7 +37,7 @@ _LOSSES = {
     'NCE, M = 4,096': _NCE | {'loss.noise_count': 4096},
     'full softmax': {},
 }
-Measures: TypeAlias = dict[str, float]  # {'knn': top-1, 'loss': ..., 'seconds': ..., ...}
+Measures: TypeAlias = dict[str, Any]  # {'knn': top-1, 'loss': ..., 'seconds': ..., ...}
 Results: TypeAlias = dict[str, dict[int, Measures]]  # {title of a row: {seed: measures}}
 Train: TypeAlias = Callable[[config_lib.Config, pathlib.Path], object]
 MeasureSVM: TypeAlias = Callable[[pathlib.Path], Mapping[str, Any]]
@@ -45,13 +48,18 @@ class Table:
   """A comparison of settings.
 
   Attributes:
-    rows: {title: the settings that differ}; `dataset.limit` as a share of the scale's images.
+    rows: {title: the settings that differ}; `dataset.limit` as a share of the scale's images, and
+      numbers of epochs as shares of its epochs.
     paper: {measure: {title: the paper's value}}, for 'knn' and perhaps 'svm'.
     about: a sentence on the paper's values.
+    curves: whether the loss is shown epoch by epoch.
+    costs: whether steps and views are shown.
   """
   rows: Mapping[str, Mapping[str, Any]]
   paper: Mapping[str, Mapping[str, float]]
   about: str
+  curves: bool = False
+  costs: bool = False
 
   @property
   def with_svm(self) -> bool:
@@ -63,6 +71,24 @@ _KNN = dict(zip(_LOSSES, (0.630, 0.425, 0.634, 0.784, 0.804, 0.808)))
 _SVM = dict(zip(_LOSSES, (0.603, 0.443, 0.602, 0.643, 0.702, 0.754)))
 _DIMS, _SHARES = (32, 64, 128, 256), (0.1, 0.3, 1.0)
 _TABLE_1 = 'The paper’s values are those of its Table 1: CIFAR-10, ResNet-18.'
+
+
+def _recipe():
+  """{title: settings} of the table `recipe`: the published ones, then further switches."""
+  flips, cosine = {'augment.flip': 0.5}, {'optimizer.schedule': 'cosine'}
+  more = {
+      'two views': {'loss.views': 2},
+      'two views, half the epochs': {'loss.views': 2, 'epochs': 0.5},
+      'MLP head': {'model.head': 'mlp'},
+      'two views, MLP head': {'loss.views': 2, 'model.head': 'mlp'},
+      'τ = 0.2': {'loss.temperature': 0.2},
+      '3 neighbors': {'loss.neighbors': 3, 'loss.neighbors_from_epoch': 0.5},
+      'crops of at least 0.4': {'augment.crop_scale': (0.4, 1.0)},
+  }
+  return {'published': {}, 'flips': flips, 'cosine': cosine, 'flips and cosine': flips | cosine} | {
+      f'the same, {title}': flips | cosine | settings for title, settings in more.items()}
+
+
 TABLES: dict[str, Table] = {
     'cifar10': Table(_LOSSES, {'knn': _KNN, 'svm': _SVM}, _TABLE_1),
     'noise_count': Table(_LOSSES, {'knn': _KNN}, _TABLE_1),
@@ -78,8 +104,15 @@ TABLES: dict[str, Table] = {
     'proximal': Table(
         {f'λ = {weight}, m = {momentum:g}': _NCE | {'loss.proximal_weight': float(weight),
                                                     'bank.momentum': momentum}
-         for momentum in (0.0, 0.5) for weight in (0, 10, 30, 50)}, {'knn': {}},
-        'The paper gives no values for this: it shows a smoother start of training.'),
+         for momentum in (0.0, 0.5) for weight in (0, 0.1, 1, 10, 50)}, {'knn': {}},
+        'The paper gives no values for this: it shows a smoother start of training. Roughness is '
+        'the mean absolute second difference of the loss without the proximal term, from epoch to '
+        'epoch.', curves=True),
+    'recipe': Table(
+        _recipe(), {'knn': {'published': 0.808}},
+        'The paper’s value is that of its Table 1: CIFAR-10, ResNet-18, 200 epochs. Of an MLP head '
+        'the pooled features are told as well. A step of two views costs twice as much.',
+        costs=True),
 }
 
 
@@ -134,14 +167,20 @@ def configure(table: str, scale: str, title: str, seed: int,
     A `ConfigDict`.
   """
   config, _ = SCALES[scale]()
+  if table == 'recipe':  # as published, 120 and 160 of 200 epochs
+    milestones = tuple(round(share * config.epochs) for share in (0.6, 0.8))
+    config.optimizer.update(schedule='milestones', milestones=milestones, warmup_epochs=0.0)
   settings = dict(TABLES[table].rows[title])
-  if 'dataset.limit' in settings:
-    settings['dataset.limit'] = round(settings['dataset.limit'] * config.dataset.limit)
+  for key, whole in (('dataset.limit', config.dataset.limit), ('epochs', config.epochs),
+                     ('loss.neighbors_from_epoch', config.epochs)):
+    if key in settings:
+      settings[key] = round(settings[key] * whole)
   config.update_from_flattened_dict(settings)
   if table == 'proximal' and config.loss.normalizer == 'ema':  # which lets λ collapse the features
     config.loss.normalizer = str(20 * config.dataset.limit)
   config.seed, config.dataset.data_dir = seed, data_dir
   config.knn.every_epochs = 0  # only at the end
+  config.log_every_steps = 10  # for the curves
   config.checkpoint.update(every_steps=500, keep=1)
   return config
 
@@ -206,10 +245,36 @@ def measured(workdir: pathlib.Path, with_svm: bool) -> Measures | None:
   if not all(file.exists() for file in wanted):
     return None
   found, *svm = (json.loads(file.read_text()) for file in wanted)
+  settings = workdir_lib.read(workdir)[0]
   kept = {'knn': found['knn_top1'], 'loss': found['final_loss'], 'steps': found['steps'],
           'seconds': found['wall_seconds'], 'untrained': found['knn_top1_untrained'],
-          'pixels': found['knn_top1_pixels']}
+          'pixels': found['knn_top1_pixels'], 'pooled': found.get('knn_top1_pooled'),
+          'views': found['steps'] * settings['batch_size'] * settings['loss.views'],
+          'curve': curve(metrics.read(workdir), settings, found['num_rows'])}
   return kept | ({'svm': svm[0]['top1']} if svm else {})
+
+
+def curve(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any],
+          num_rows: int) -> list[float]:
+  """The mean loss of each epoch, without the proximal term.
+
+  Args:
+    lines: those of metrics.jsonl.
+    settings: {'batch_size': ..., 'loss.proximal_weight': ...}.
+    num_rows: N.
+  """
+  epochs: dict[int, list[float]] = {}
+  for line in lines:
+    if 'step_loss' in line:
+      penalty = settings['loss.proximal_weight'] * line.get('proximal_penalty', 0)
+      epochs.setdefault((line['step'] - 1) * settings['batch_size'] // num_rows, []).append(
+          line['step_loss'] - penalty)
+  return [float(np.mean(epochs[epoch])) for epoch in sorted(epochs)]
+
+
+def roughness(curve: Sequence[float]) -> float:
+  """Mean absolute second difference: how far a point is from the line through its neighbors."""
+  return float(np.abs(np.diff(curve, 2)).mean()) if len(curve) > 2 else 0.0
 
 
 def check_output(output: pathlib.Path, table: str, scale: str) -> None:
@@ -268,7 +333,14 @@ def _format(table, results):
   head = ['row']
   for measure in table.paper:
     head += [f'{measure}, paper', f'{measure}, here', '± 95%', 'each seed']
-  head += ['raw pixels, kNN', 'untrained, kNN', 'last loss', 'seconds']
+  others = {'raw pixels, kNN': ('pixels', 3), 'untrained, kNN': ('untrained', 3),
+            'last loss': ('loss', 3)}
+  if table.costs:
+    others |= {'pooled, kNN': ('pooled', 3), 'steps': ('steps', 0), 'views': ('views', 0)}
+  if table.curves:
+    others['roughness'] = ('roughness', 3)
+  others['seconds'] = ('seconds', 0)
+  head += others
   lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
   for title, by_seed in results.items():
     cells = [title]
@@ -278,17 +350,20 @@ def _format(table, results):
       known = paper.get(title)
       cells += ['–' if known is None else f'{known:.3f}', f'{mean:.3f}',
                 '–' if half is None else f'{half:.3f}', ', '.join(f'{v:.3f}' for v in values)]
-    for key, digits in (('pixels', 3), ('untrained', 3), ('loss', 3), ('seconds', 0)):
-      cells.append(f'{np.mean([run[key] for run in by_seed.values()]):.{digits}f}')
+    for key, digits in others.values():
+      values = [roughness(run['curve']) if key == 'roughness' else run[key]
+                for run in by_seed.values()]
+      cells.append('–' if None in values else f'{np.mean(values):,.{digits}f}')
     lines.append(f'| {" | ".join(cells)} |')
   return lines
 
 
 def plot(table: Table, results: Results, title: str) -> figure_lib.Figure:
   """A figure of our means, with intervals and single seeds, beside the paper's values."""
+  columns = len(table.paper) + table.curves
   figure = figure_lib.Figure(layout='constrained', figsize=(
-      1.5 + 5.5 * len(table.paper), 1.2 + 0.45 * len(results)))
-  grid = figure.subplots(1, len(table.paper), squeeze=False)
+      1.5 + 5.5 * columns, 1.2 + 0.45 * len(results)))
+  grid = figure.subplots(1, columns, squeeze=False)
   place = np.arange(len(results))
   for axes, (measure, known) in zip(grid[0], table.paper.items()):
     for y, by_seed in enumerate(results.values()):
@@ -310,7 +385,20 @@ def plot(table: Table, results: Results, title: str) -> figure_lib.Figure:
     axes.grid(axis='x', alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(fontsize=8)
+  if table.curves:
+    _draw_curves(grid[0, -1], results)
   return figure
+
+
+def _draw_curves(axes, results):
+  """The loss of each row epoch by epoch, the mean of its seeds."""
+  colors = np.linspace(0, 1, len(results))
+  for color, (title, by_seed) in zip(colors, results.items()):
+    mean = np.mean([run['curve'] for run in by_seed.values()], axis=0)
+    axes.plot(np.arange(1, len(mean) + 1), mean, color=colormaps['viridis'](color), label=title)
+  axes.set(xlabel='epoch', title='loss without the proximal term')
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(fontsize=8)
 
 
 def describe(config: config_lib.Config) -> str:

@@ -7,6 +7,7 @@ import pytest
 from instdisc_jax import config as config_lib
 from instdisc_jax.evaluation import tables
 from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import workdir as workdir_lib
 
 
 @pytest.mark.parametrize('scale', tables.SCALES)
@@ -26,6 +27,7 @@ def test_the_paper_scale_is_the_published_recipe():
   published.dataset.update(name='tfds:cifar10', limit=50_000)
   published.loss.name = 'nce'
   published.knn.every_epochs = config.knn.every_epochs
+  published.log_every_steps = config.log_every_steps
   published.checkpoint.update(every_steps=500, keep=1)
   assert config.to_dict() == published.to_dict()
   assert tables.TABLES['cifar10'].paper['knn']['parametric softmax'] == 0.630
@@ -54,13 +56,17 @@ def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
     assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
 
 
-SUMMARY = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0,
-           'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3}
+SUMMARY = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0, 'num_rows': 100,
+           'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3, 'knn_top1_pooled': None}
 
 
 def _train(config, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'summary.json').write_text(json.dumps(SUMMARY))
+  workdir_lib.write(workdir, config_lib.to_json(config), None)
+  lines = [{'step': step, 'step_loss': 5.0 + step % 2, 'proximal_penalty': 0.5}
+           for step in range(1, 9)]
+  (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def test_the_svm_is_measured_once_per_run_and_in_its_table_only(tmp_path):
@@ -79,6 +85,40 @@ def test_the_svm_is_measured_once_per_run_and_in_its_table_only(tmp_path):
   assert {row['0']['svm'] for row in rows.values()} == {0.75}
   run('noise_count')
   assert len(measured) == 6
+
+
+def test_the_curve_is_the_mean_loss_of_each_epoch_without_the_proximal_term():
+  lines = [{'step': step, 'step_loss': loss + 10 * penalty, 'proximal_penalty': penalty}
+           for step, loss, penalty in ((2, 9.0, 0.2), (4, 7.0, 0.1), (6, 5.0, 0.3), (10, 6.0, 0.0))]
+  settings = {'batch_size': 25, 'loss.proximal_weight': 10.0}
+  assert tables.curve([*lines, {'step': 10, 'knn_top1': 0.5}], settings, 100) == [8.0, 5.0, 6.0]
+  assert tables.roughness([8.0, 5.0, 6.0, 7.0]) == 2.0  # (|8 - 10 + 6| + 0) / 2
+  assert tables.roughness([8.0, 5.0]) == 0
+
+
+@pytest.mark.parametrize('table, columns', [
+    ('proximal', '| last loss | roughness | seconds |'),
+    ('recipe', '| last loss | pooled, kNN | steps | views | seconds |')])
+def test_a_table_shows_curves_or_costs(table, columns, tmp_path):
+  list(tables.run(tmp_path, table, 'smoke', train=_train, measure_svm=dict))
+  text = (tmp_path / 'table.md').read_text()
+  assert columns in text
+  if table == 'recipe':  # 9 steps of 128 images
+    assert '| flips | – | 0.500 |' in text and '| 5.000 | – | 9 | 1,152 | 60 |' in text
+    assert '| the same, two views | – |' in text and '| 5.000 | – | 9 | 2,304 | 60 |' in text
+  with Image.open(tmp_path / 'plot.png') as image:
+    assert image.width > 600 * (1 + (table == 'proximal'))
+
+
+def test_the_recipe_s_rows_differ_by_one_switch_each():
+  title = 'the same, two views, half the epochs'
+  half, base = (tables.configure('recipe', 'paper', row, 0)
+                for row in (title, 'flips and cosine'))
+  assert (half.epochs, base.epochs, half.loss.views) == (100, 200, 2)
+  published = tables.configure('recipe', 'paper', 'published', 0)
+  assert published.optimizer.milestones == (120, 160) and published.augment.flip == 0
+  late = tables.configure('recipe', 'small', 'the same, 3 neighbors', 0)
+  assert (late.loss.neighbors_from_epoch, late.epochs) == (10, 20)
 
 
 @pytest.mark.parametrize('mistake, text', [
