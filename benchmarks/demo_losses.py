@@ -2,9 +2,10 @@
 
     python benchmarks/demo_losses.py [--epochs=N] [--seed=S]
 
-Trains configs/digits.py with the full softmax, NCE (alone, with the proximal term, and with other
-ways to choose Z) and the sampled softmax, each from scratch; about two minutes per row on two CPU
-cores. Writes benchmarks/results/demo_losses.json.
+Trains configs/digits.py with the full softmax (alone, with two views, further positives and an MLP
+head), NCE (alone, with the proximal term, and with other ways to choose Z), the sampled softmax and
+the triplet loss, each from scratch; two to four minutes per row on two CPU cores. Writes
+benchmarks/results/demo_losses.json.
 """
 
 import argparse
@@ -21,6 +22,11 @@ from instdisc_jax import cli, experiment
 ROOT = pathlib.Path(__file__).parents[1]
 LOSSES = {
     'full softmax': [],
+    'full softmax, two views': ['--config.loss.views=2'],
+    'full softmax, 3 neighbors from epoch 50': ['--config.loss.neighbors=3',
+                                                '--config.loss.neighbors_from_epoch=50'],
+    'full softmax, MLP head': ['--config.model.head=mlp'],
+    'full softmax, two views, MLP head': ['--config.loss.views=2', '--config.model.head=mlp'],
     'NCE, M = 512, Z = 30,000': ['--config.loss.name=nce'],
     'the same, proximal λ = 30': ['--config.loss.name=nce', '--config.loss.proximal_weight=30'],
     'sampled softmax, M = 512': ['--config.loss.name=sampled_softmax'],
@@ -28,9 +34,12 @@ LOSSES = {
     'NCE, Z averaged, decay 0.99': ['--config.loss.name=nce', '--config.loss.normalizer=ema'],
     'NCE, Z averaged, decay 0.9': ['--config.loss.name=nce', '--config.loss.normalizer=ema',
                                    '--config.loss.normalizer_decay=0.9'],
+    'triplet, semi-hard': ['--config.loss.name=triplet'],
+    'triplet, hardest': ['--config.loss.name=triplet', '--config.loss.mining=hardest'],
+    'triplet, M = 512 sampled': ['--config.loss.name=triplet', '--config.loss.mining=sampled'],
 }
-KEPT = ('knn_top1', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss', 'steps',
-        'images_per_second', 'wall_seconds')
+KEPT = ('knn_top1', 'knn_top1_pooled', 'knn_top1_pixels', 'knn_top1_untrained', 'final_loss',
+        'steps', 'images_per_second', 'wall_seconds')
 
 
 def measure(overrides, epochs, seed):
@@ -44,10 +53,11 @@ def measure(overrides, epochs, seed):
 
 def report(rows, seed):
   table = rich_table.Table(title=f'kNN top-1 of the demo, seed {seed}')
-  for title in ('loss', 'trained', 'raw pixels', 'untrained', 'seconds'):
+  for title in ('loss', 'trained', 'before an MLP head', 'raw pixels', 'untrained', 'seconds'):
     table.add_column(title)
   for name, row in rows.items():
-    table.add_row(name, *(f'{row[key]:.3f}' for key in KEPT[:3]), f'{row["wall_seconds"]:.0f}')
+    table.add_row(name, *('–' if row[key] is None else f'{row[key]:.3f}' for key in KEPT[:4]),
+                  f'{row["wall_seconds"]:.0f}')
   rich_console.Console().print(table)
 
 
