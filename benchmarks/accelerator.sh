@@ -5,19 +5,21 @@
 #     SMALL=1 benchmarks/accelerator.sh DATA.npz          minutes on a CPU, to try the script
 #
 # DATA.npz holds CIFAR-10: images, labels, test_images, test_labels. Each piece writes its own JSON
-# into benchmarks/results, so finished pieces are kept if a later one is stopped. Needs only JAX, the
-# packages of setup.cfg (except TFDS), and PyTorch for the comparisons.
+# into benchmarks/results, so finished pieces are kept if a later one is stopped. Piece 7 takes longer:
+# run it again, and it resumes. Needs only JAX, the packages of setup.cfg (except TFDS), and PyTorch for
+# the comparisons.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 data=${1:?usage: benchmarks/accelerator.sh DATA.npz [PIECE ...]}
 shift
-(($#)) || set -- 1 2 3 4 5 6
+(($#)) || set -- 1 2 3 4 5 6 7 8
 pieces=$*
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if [ -n "${SMALL:-}" ]; then
   out=$(mktemp -d)
+  work=$out
   cifar=(--width=4 --limit=600 --epochs=3)
   resnet=(--model=resnet18 --width=8 --batch=8 --side=64 --rows=2000)
   step=(--width=8 --batch=32 --rows=2000)
@@ -26,6 +28,7 @@ if [ -n "${SMALL:-}" ]; then
   parts=(--batch=16 --rows=5000 --queries=200 --side=32)
 else
   out=benchmarks/results
+  work=runs
   cifar=(--dtype=bfloat16)
   resnet=(--model=resnet50 --batch=256 --side=224 --rows=1281167)
   step=(--batch=512)
@@ -58,4 +61,8 @@ piece 5 "CIFAR-10, the fast recipe" benchmarks/cifar10.py --data="arrays:$data" 
   "${cifar[@]}" --output="$out/gpu_cifar10_fast.json"
 piece 6 "CIFAR-10, the full schedule, NCE" benchmarks/cifar10.py --data="arrays:$data" \
   --recipe=nce "${cifar[@]}" --output="$out/gpu_cifar10_nce.json"
+piece 7 "CIFAR-10, the full schedule, two views" benchmarks/cifar10.py --data="arrays:$data" \
+  --recipe=plus "${cifar[@]}" --workdir="$work/cifar10_plus" --output="$out/gpu_cifar10_plus.json"
+piece 8 "the cost of a second view" benchmarks/two_views.py "${step[@]}" \
+  --output="$out/gpu_two_views.json"
 ls -l "$out"

@@ -2,8 +2,9 @@
 
     python benchmarks/cifar10.py --data=tfds:cifar10 [--recipe=published] [--epochs=...]
 
-Recipes: published (full softmax, 200 epochs), nce (4,096 noise samples), fast (configs/
-cifar10_fast.py). Seconds count from the start of the command, compilation and evaluation included.
+Recipes: published (full softmax, 200 epochs), nce (4,096 noise samples), plus (flips, a cosine
+schedule, two views), fast (configs/cifar10_fast.py). Seconds count from the start of the run,
+compilation and evaluation included.
 --data may be an arrays:FILE.npz, for machines without TFDS.
 """
 
@@ -15,7 +16,8 @@ import common
 from instdisc_jax import cli, experiment
 from instdisc_jax.runtime import metrics
 
-RECIPES = {'published': 'cifar10', 'nce': 'cifar10_nce', 'fast': 'cifar10_fast'}
+RECIPES = {'published': 'cifar10', 'nce': 'cifar10_nce', 'plus': 'cifar10_plus',
+           'fast': 'cifar10_fast'}
 
 
 def main():
@@ -45,7 +47,9 @@ def main():
             'knn_top1': line['knn_top1']} for line in lines if 'knn_top1' in line]
   reached = next((point['seconds'] for point in curve if point['knn_top1'] >= 0.8), None)
   row = {'recipe': args.recipe, 'epochs': config.epochs, 'rows': summary['num_rows'],
-         'kNN top-1': summary['knn_top1'], 'pixels': summary['knn_top1_pixels'],
+         'kNN top-1': summary['knn_top1'],
+         'best, against the bank': max(point['knn_top1'] for point in curve),
+         'pixels': summary['knn_top1_pixels'],
          'untrained': summary['knn_top1_untrained'], 'last loss': summary['final_loss'],
          'images/s': summary['images_per_second'], 'seconds': summary['wall_seconds'],
          'seconds to 80%': reached}
