@@ -199,16 +199,21 @@ def softmax(file, wide=False, num_devices=None, kernel='xla'):
 
 def _add_update(c, step, bank, index, features, num_devices):
   """The bank after a step, compared with the published one."""
-  update = _mapped(
-      lambda bank, index, features, momentum, axis_name, num_rows: bank_lib.update(
-          bank, index, features, momentum=momentum, axis_name=axis_name),
-      num_devices, len(bank), ('features', 'index'), ('bank',), True)
-  bank = update(bank=bank, index=index, features=features,
-                momentum=c.float('momentum'))[:len(bank)]
+  bank = _update_of(num_devices, len(bank))(
+      bank=bank, index=index, features=features, momentum=c.float('momentum'))[:len(bank)]
   c.add('rows', bank[index], c.data[f'rows_{step}'], 1e-6)
   if f'memory_{step}' in c.data:
     c.add('memory', bank, c.data[f'memory_{step}'], 1e-6)
   return bank
+
+
+@functools.cache
+def _update_of(num_devices, num_rows):
+  """`bank.update`, jitted once."""
+  return _mapped(
+      lambda bank, index, features, momentum, axis_name, num_rows: bank_lib.update(
+          bank, index, features, momentum=momentum, axis_name=axis_name),
+      num_devices, num_rows, ('features', 'index'), ('bank',), True)
 
 
 def memory_init():
