@@ -44,6 +44,10 @@ _IMAGENET_CLASSES = 1000
 _MLP = {f'{i}.{leaf}' for i in (0, 2) for leaf in ('weight', 'bias')}
 _MIN_OVERLAP = 0.8  # minimum overlap of keys and kernel sizes to recognize an encoder
 
+# Encoders by the beginning of their names, and of the names of their blocks.
+_FAMILIES = {'resnet': 'layer', 'alexnet': 'features.', 'vgg': 'features.', 'vit': 'blocks.',
+             'convnext': 'stages.'}
+
 # Location of the encoder in the files of other projects: the prefixes of its backbone and its head,
 # and the layer of the head that computes the embedding, provided that it is the only layer.
 _PREFIXES = (
@@ -200,14 +204,18 @@ def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
   backbone = {key.removeprefix(backbone_prefix): value for key, value in weights.items()
               if key.startswith(backbone_prefix) and not key.startswith(head_prefix)
               and not key.endswith(COUNTER) and key != _IGNORED}
-  overlap = {name: _overlap(name, backbone) for name in models.NAMES}
-  most = max(overlap.values())
+  overlap: dict[str, float] = {}
+  for name in _of_its_family(backbone):
+    overlap[name] = _overlap(name, backbone)
+    if overlap[name] == 1 and not name.startswith('vit'):
+      break
+  most = max(overlap.values(), default=0)
   if most < _MIN_OVERLAP:  # above it, `from_torch` names the keys that differ
     raise errors.UserError(
         f"'{file}' holds no known encoder (its first weights are {', '.join(list(weights)[:3])})",
         f'weights of one of {", ".join(models.NAMES)}', 'set <--from> to such a file', '--from')
   given = {key: (key, value) for key, value in backbone.items()}
-  names = [name for name in models.NAMES if overlap[name] == most]
+  names = [name for name, value in overlap.items() if value == most]
   name = names[0]
   if name.startswith('vit') and len(names) > 1:  # the same names for any number of heads
     channels = _require(given, _stem(names[0])[0], 4).shape[0]
@@ -237,6 +245,12 @@ def as_file_errors(model_name: str) -> Iterator[None]:
   except errors.UserError as e:
     raise errors.UserError(e.found, e.required, f'set <--from> to weights of {model_name}',
                            '--from') from e
+
+
+def _of_its_family(backbone):
+  """The encoders whose blocks are called like a state dict's; a layout takes most of a second."""
+  return [name for name in models.NAMES for family, layer in _FAMILIES.items()
+          if name.startswith(family) and any(key.startswith(layer) for key in backbone)]
 
 
 def _overlap(model_name, backbone):
