@@ -23,10 +23,11 @@ def test_onnxruntime_computes_the_same_for_any_batch_size(name):
   encoder = models.create(name, width=4, embedding_dim=8)
   images = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
   variables = encoder.init(jax.random.key(0), images[:1].astype('f4'), train=False)
-  # Biases and statistics that are not the initial ones. One constant for all would leave transformers
-  # ill-conditioned: layer norms would subtract nearly all of it.
+  # Biases and statistics that are not the initial ones. One constant added to all would leave
+  # transformers ill-conditioned: layer norms would subtract nearly all of it.
   random = np.random.default_rng(1)
-  variables = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), variables)
+  variables = jax.tree.map(
+      lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), variables)
   scaled = lambda x: (x.astype(jnp.float32) - 120) / 60
   encode = lambda x: {'embedding': encoder.apply(variables, scaled(x), train=False)}
   session = onnxruntime.InferenceSession(onnx.export(encode, images.shape[1:], {}))
