@@ -29,6 +29,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 from instdisc_jax import config as config_lib  # noqa: E402  (after the number of devices is set)
 from instdisc_jax import experiment  # noqa: E402
 from instdisc_jax.evaluation import figures  # noqa: E402
+from instdisc_jax.runtime import workdir as workdir_lib  # noqa: E402
 
 figures.QUERIES = 2  # a dozen take a second to draw, in every run
 
@@ -46,6 +47,18 @@ def small_config():
   config.knn.neighbors = 5
   config.checkpoint.every_steps = 5
   return config
+
+
+def write_finished(config, workdir):
+  """What `reproduce` reads of a finished run: one of 9 steps on 100 images, never trained."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  summary = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0, 'num_rows': 100,
+             'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3, 'knn_top1_pooled': None}
+  (workdir / 'summary.json').write_text(json.dumps(summary))
+  workdir_lib.write(workdir, config_lib.to_json(config), None)
+  lines = [{'step': step, 'step_loss': 5.0 + step % 2, 'proximal_penalty': 0.5}
+           for step in range(1, 9)]
+  (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def _once(tmp_path_factory, name, make):

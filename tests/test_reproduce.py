@@ -5,24 +5,20 @@ import pytest
 from instdisc_jax import experiment, reproduce
 from instdisc_jax.evaluation import tables
 from instdisc_jax.runtime import errors
-from tests.conftest import small_config
-
-SUMMARY = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0,
-           'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3}
+from tests.conftest import small_config, write_finished
 
 
 def test_a_failed_row_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
   def run(config, workdir, watch):
     if config.loss.proximal_weight == 50:
       raise errors.RunError('loss is nan at step 3')
-    workdir.mkdir(parents=True)
-    (workdir / 'summary.json').write_text(json.dumps(SUMMARY))
+    write_finished(config, workdir)
   monkeypatch.setattr(experiment, 'run', run)
   code = reproduce.main(['--table=proximal', '--scale=smoke', f'--output={tmp_path / "made"}'])
   assert code == 1
   assert capsys.readouterr().err.startswith('failed: λ = 50, m = 0, seed 0: loss is nan at step 3')
   table = (tmp_path / 'made' / 'table.md').read_text()
-  assert table.count('| 0.500 | – | 0.500 |') == 6 and 'Failed: λ = 50, m = 0.5, seed 0' in table
+  assert table.count('| 0.500 | – | 0.500 |') == 8 and 'Failed: λ = 50, m = 0.5, seed 0' in table
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -39,8 +35,7 @@ def test_mistakes_are_worded_with_the_command_s_own_arguments(tmp_path, monkeypa
 
 def test_finished_rows_are_never_lost_from_a_table(tmp_path, monkeypatch, capsys):
   for row in ('0-seed0', '0-seed2', '5-seed1'):
-    (tmp_path / 'rows' / row).mkdir(parents=True)
-    (tmp_path / 'rows' / row / 'summary.json').write_text(json.dumps(SUMMARY))
+    write_finished(small_config(), tmp_path / 'rows' / row)
   (tmp_path / 'rows' / '3-seed0').mkdir()  # not finished
 
   def run(config, workdir, watch):

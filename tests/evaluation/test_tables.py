@@ -7,7 +7,7 @@ import pytest
 from instdisc_jax import config as config_lib
 from instdisc_jax.evaluation import tables
 from instdisc_jax.runtime import errors
-from instdisc_jax.runtime import workdir as workdir_lib
+from tests.conftest import write_finished
 
 
 @pytest.mark.parametrize('scale', tables.SCALES)
@@ -56,19 +56,6 @@ def test_the_table_has_the_paper_s_values_beside_ours(tmp_path):
     assert image.width > 600 and np.asarray(image.convert('L')).std() > 10
 
 
-SUMMARY = {'knn_top1': 0.5, 'final_loss': 5.0, 'steps': 9, 'wall_seconds': 60.0, 'num_rows': 100,
-           'knn_top1_untrained': 0.2, 'knn_top1_pixels': 0.3, 'knn_top1_pooled': None}
-
-
-def _train(config, workdir):
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'summary.json').write_text(json.dumps(SUMMARY))
-  workdir_lib.write(workdir, config_lib.to_json(config), None)
-  lines = [{'step': step, 'step_loss': 5.0 + step % 2, 'proximal_penalty': 0.5}
-           for step in range(1, 9)]
-  (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-
-
 def test_the_svm_is_measured_once_per_run_and_in_its_table_only(tmp_path):
   measured = []
 
@@ -76,7 +63,7 @@ def test_the_svm_is_measured_once_per_run_and_in_its_table_only(tmp_path):
     measured.append(workdir.name)
     return {'features': 'pooled', 'top1': 0.75}
 
-  run = lambda table: list(tables.run(tmp_path / table, table, 'smoke', train=_train,
+  run = lambda table: list(tables.run(tmp_path / table, table, 'smoke', train=write_finished,
                                       measure_svm=measure_svm))
   names = run('cifar10')
   assert names == [f'seed 0, {title}' for title in tables.TABLES['cifar10'].rows]
@@ -100,7 +87,7 @@ def test_the_curve_is_the_mean_loss_of_each_epoch_without_the_proximal_term():
     ('proximal', '| last loss | roughness | seconds |'),
     ('recipe', '| last loss | pooled, kNN | steps | views | seconds |')])
 def test_a_table_shows_curves_or_costs(table, columns, tmp_path):
-  list(tables.run(tmp_path, table, 'smoke', train=_train, measure_svm=dict))
+  list(tables.run(tmp_path, table, 'smoke', train=write_finished, measure_svm=dict))
   text = (tmp_path / 'table.md').read_text()
   assert columns in text
   if table == 'recipe':  # 9 steps of 128 images

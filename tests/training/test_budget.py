@@ -16,6 +16,7 @@ def _config(minutes, **optimizer):
   config = small_config()
   config.minutes = minutes
   config.dataset.path = 'resident'
+  config.knn.every_epochs = 0  # only at the end
   config.optimizer.update(optimizer)
   return config
 
