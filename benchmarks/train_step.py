@@ -24,16 +24,24 @@ from instdisc_jax.training import state as state_lib
 from instdisc_jax.training import step as step_lib
 
 
-def set_up(args):
-  """(setup, fresh state) of the run."""
+def set_up(args, **loss):
+  """(setup, fresh state) of a run with these settings of its loss."""
   mesh = mesh_lib.make(jax.devices()[:1])
   config = config_lib.default()
   config.batch_size = args.batch
   config.model.update(name=args.model, width=args.width,
                       dtype='float32' if mesh_lib.on_cpu(mesh) else 'bfloat16')
-  config.loss.update(name=args.loss, normalizer='ema')
+  config.loss.update(loss)
   setup = state_lib.Setup.of(config, args.rows, mesh)
   return setup, state_lib.make_init(setup, (args.side, args.side))()
+
+
+def resident(args, count):
+  """The inputs of `count` steps: (images on the device, rows of each batch), count."""
+  held = min(args.rows, 4096)  # the bank has as many rows as asked for
+  images = jnp.zeros((held, args.side, args.side, 3), jnp.uint8)
+  index = np.random.default_rng(0).integers(0, held, (count, args.batch))
+  return (images, jnp.asarray(index, jnp.int32)), count
 
 
 def rate(step, state, arguments, batch, steps):
@@ -63,18 +71,16 @@ def main():
   parser.add_argument('--steps', type=int, default=0, help='per timing; default: 1 on CPU, else 50')
   parser.add_argument('--output')
   args = parser.parse_args()
-  setup, state = set_up(args)
+  setup, state = set_up(args, name=args.loss, normalizer='ema')
   config, encoder, on_cpu = setup.config, setup.encoder, mesh_lib.on_cpu(setup.mesh)
   steps = args.steps or (1 if on_cpu else 50)
   per_dispatch = 1 if on_cpu else steps
 
-  held = min(args.rows, 4096)  # images on the device; the bank has as many rows as asked for
-  images = jnp.zeros((held, args.side, args.side, 3), jnp.uint8)
-  index = jnp.asarray(np.random.default_rng(0).integers(0, held, (per_dispatch, args.batch)),
-                      jnp.int32)
+  inputs = resident(args, per_dispatch)
+  index = inputs[0][1]
   with_augmentation = rate(step_lib.over_mesh(setup, feeds.Resident),
-                           jax.tree.map(jnp.copy, state), ((images, index), per_dispatch),
-                           args.batch * per_dispatch, max(1, steps // per_dispatch))
+                           jax.tree.map(jnp.copy, state), inputs, args.batch * per_dispatch,
+                           max(1, steps // per_dispatch))
 
   augmented = jax.random.normal(jax.random.key(0), (args.batch, args.side, args.side, 3))
 

@@ -10,13 +10,11 @@ import argparse
 
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
+import train_step
 
-from instdisc_jax import config as config_lib
 from instdisc_jax.data import feeds
 from instdisc_jax.runtime import mesh as mesh_lib
-from instdisc_jax.training import state as state_lib
 from instdisc_jax.training import step as step_lib
 
 
@@ -24,21 +22,11 @@ class Steps:
   """Steps of one kind; calling it takes `count` more of them."""
 
   def __init__(self, views, args, count):
-    mesh = mesh_lib.make(jax.devices()[:1])
-    on_cpu = mesh_lib.on_cpu(mesh)
-    config = config_lib.default()
-    config.batch_size = args.batch
-    config.model.update(name=args.model, width=args.width,
-                        dtype='float32' if on_cpu else 'bfloat16')
-    config.loss.views = views
-    setup = state_lib.Setup.of(config, args.rows, mesh)
-    held = min(args.rows, 4096)  # images on the device; the bank has as many rows as asked for
-    images = jnp.zeros((held, args.side, args.side, 3), jnp.uint8)
-    index = np.random.default_rng(0).integers(0, held, (1 if on_cpu else count, args.batch))
+    setup, self._state = train_step.set_up(args, views=views)
+    per_dispatch = 1 if mesh_lib.on_cpu(setup.mesh) else count
     self._step = step_lib.over_mesh(setup, feeds.Resident)
-    self._state = state_lib.make_init(setup, (args.side, args.side))()
-    self._inputs = (images, jnp.asarray(index, jnp.int32)), len(index)
-    self._calls = count // len(index)
+    self._inputs = train_step.resident(args, per_dispatch)
+    self._calls = count // per_dispatch
 
   def __call__(self):
     for _ in range(self._calls):
