@@ -19,7 +19,9 @@ from instdisc_jax.interop import layouts, safe_pickle
 from instdisc_jax.runtime import checkpoint, errors, files
 from instdisc_jax.runtime import workdir as workdir_lib
 
-VIEWS = ('augment.size', 'augment.mean', 'augment.std')  # settings that a .safetensors file keeps
+# Settings that a .safetensors file keeps: those of the views, and the encoder's name.
+VIEWS = ('augment.size', 'augment.mean', 'augment.std')
+_NAME = 'model.name'
 
 __all__ = ['Checkpoint', 'export', 'read', 'read_encoder', 'state_dict']
 
@@ -60,7 +62,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
 
   Args:
     file: a checkpoint of the published code, or one with the weights of a known encoder in the
-      layout of torchvision, MoCo, PyContrast, VISSL or MMSelfSup; .pth or .safetensors.
+      layout of torchvision, timm, DINO, MoCo, PyContrast, VISSL or MMSelfSup; .pth or .safetensors.
     embedding_dim: D of the fresh head if the file has none.
 
   Raises:
@@ -69,7 +71,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
   saved = safe_pickle.read_file(file)
   weights = layouts.find_weights(saved, file)
   bank, settings, normalizer = _find_bank(saved, weights, file)
-  encoder = layouts.find_encoder(weights, file)
+  encoder = layouts.find_encoder(weights, file, _kept(file).get(_NAME))
   state_dict = _with_head(encoder, embedding_dim)
   variables = _to_variables(state_dict, encoder.name)
   head, embedding_dim = _describe(state_dict)
@@ -87,7 +89,7 @@ def read(file: str | os.PathLike[str], embedding_dim: int) -> Checkpoint:
   return Checkpoint(
       model_name=encoder.name, width=encoder.width, head=head, embedding_dim=embedding_dim,
       variables=variables, has_head=encoder.head is not None, bank=bank,
-      settings=settings | _find_views(file),
+      settings=settings | {key: x for key, x in _kept(file).items() if key in VIEWS},
       normalizer=normalizer,
       momentum=_to_variables(state_dict | momentum, encoder.name)['params'] if momentum else None,
       # The published CIFAR-10 program, which saves 'net', counts epochs from 0.
@@ -110,7 +112,8 @@ def read_encoder(file: str | os.PathLike[str],
   Raises:
     errors.UserError: the file holds no known encoder, or its weights do not fit together.
   """
-  encoder = layouts.find_encoder(layouts.find_weights(safe_pickle.read_file(file), file), file)
+  encoder = layouts.find_encoder(layouts.find_weights(safe_pickle.read_file(file), file), file,
+                                 _kept(file).get(_NAME))
   state_dict = _with_head(encoder, embedding_dim, head)
   head, embedding_dim = _describe(state_dict)
   return ({'model.name': encoder.name, 'model.width': encoder.width, 'model.head': head,
@@ -129,8 +132,8 @@ def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
 
   Args:
     workdir: the folder of a run, or one made from a checkpoint.
-    file: NAME.pth or NAME.safetensors; the latter keeps size, mean and deviation of the views, and
-      a workdir made from it has them.
+    file: NAME.pth or NAME.safetensors; the latter keeps the encoder's name, and size, mean and
+      deviation of the views, and a workdir made from it has them.
     with_head: whether to keep the head, as 'fc', rather than write the backbone alone.
 
   Raises:
@@ -138,8 +141,9 @@ def export(workdir: str | os.PathLike[str], file: str | os.PathLike[str],
   """
   file = pathlib.Path(file)
   settings, _ = workdir_lib.read(workdir)
-  views = {key: json.dumps(settings[key]) for key in VIEWS if settings.get(key) is not None}
-  content = _serialize(state_dict(workdir, with_head), file.suffix, views)
+  kept = {key: json.dumps(settings[key]) for key in (*VIEWS, _NAME)
+          if settings.get(key) is not None}
+  content = _serialize(state_dict(workdir, with_head), file.suffix, kept)
   try:
     files.write(file, content)
   except OSError as e:
@@ -154,9 +158,9 @@ def state_dict(workdir: str | os.PathLike[str], with_head: bool) -> dict[str, np
   return {key: x for key, x in found.items() if with_head or not key.startswith('fc.')}
 
 
-def _serialize(weights: Mapping[str, np.ndarray], suffix: str, views: dict[str, str]) -> bytes:
+def _serialize(weights: Mapping[str, np.ndarray], suffix: str, kept: dict[str, str]) -> bytes:
   if suffix == '.safetensors':
-    return safe_pickle.import_optional('safetensors.numpy', '--to').save(dict(weights), views)
+    return safe_pickle.import_optional('safetensors.numpy', '--to').save(dict(weights), kept)
   torch = safe_pickle.import_optional('torch', '--to')
   buffer = io.BytesIO()
   torch.save({key: torch.tensor(x) for key, x in weights.items()}, buffer)
@@ -190,12 +194,12 @@ def _fresh_layer(random, name, inputs, outputs):
   return {f'{name}weight': draw((outputs, inputs)), f'{name}bias': draw(outputs)}
 
 
-def _find_views(file):
-  """Size, mean and deviation of the views, from a file that `export` wrote; else {}."""
+def _kept(file):
+  """The settings in a file that `export` wrote; else {}."""
   found = {}
   for key, text in safe_pickle.read_metadata(file).items():
     with contextlib.suppress(ValueError):
-      if key in VIEWS:
+      if key in (*VIEWS, _NAME):
         found[key] = json.loads(text)
   return found
 

@@ -59,6 +59,7 @@ _PREFIXES = (
     ('', 'head.', ''),  # timm's ViT
     ('', 'fc.', ''),  # the published code, torchvision; DINO has none
 )
+_NORM = 'head.norm.'  # of timm's ConvNeXt: a part of the backbone all the same
 
 _Path: TypeAlias = tuple[str, ...]  # of a leaf in the variables
 _Shape: TypeAlias = tuple[int, ...]
@@ -186,28 +187,31 @@ def find_weights(saved: Any, file: object) -> dict[str, np.ndarray]:
   return {_canonical(key): value for key, value in weights.items()}
 
 
-def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
+def find_encoder(weights: Mapping[str, np.ndarray], file: object,
+                 name: str | None = None) -> Encoder:
   """The encoder in a flat state dict of any known layout, recognized by its keys.
 
   Args:
     weights: what `find_weights` returns.
     file: the file they come from, for messages.
+    name: what the file calls the encoder, if it does; decides where several have such weights.
 
   Raises:
     errors.UserError: there is no encoder, or its first layer is missing.
   """
+  begins = lambda key, prefix: key.startswith(prefix) and not key.startswith(_NORM)
   backbone_prefix, head_prefix, head_layer = next(
       entry for entry in _PREFIXES
-      if any(key.startswith(entry[0] or entry[1]) for key in weights) or entry == _PREFIXES[-1])
+      if any(begins(key, entry[0] or entry[1]) for key in weights) or entry == _PREFIXES[-1])
   head = {key.removeprefix(head_prefix): value for key, value in weights.items()
-          if key.startswith(head_prefix)}
+          if begins(key, head_prefix)}
   backbone = {key.removeprefix(backbone_prefix): value for key, value in weights.items()
-              if key.startswith(backbone_prefix) and not key.startswith(head_prefix)
+              if key.startswith(backbone_prefix) and not begins(key, head_prefix)
               and not key.endswith(COUNTER) and key != _IGNORED}
   overlap: dict[str, float] = {}
-  for name in _of_its_family(backbone):
-    overlap[name] = _overlap(name, backbone)
-    if overlap[name] == 1 and not name.startswith('vit'):
+  for known in _of_its_family(backbone):
+    overlap[known] = _overlap(known, backbone)
+    if overlap[known] == 1 and not known.startswith('vit'):
       break
   most = max(overlap.values(), default=0)
   if most < _MIN_OVERLAP:  # above it, `from_torch` names the keys that differ
@@ -216,15 +220,10 @@ def find_encoder(weights: Mapping[str, np.ndarray], file: object) -> Encoder:
         f'weights of one of {", ".join(models.NAMES)}', 'set <--from> to such a file', '--from')
   given = {key: (key, value) for key, value in backbone.items()}
   names = [name for name, value in overlap.items() if value == most]
-  name = names[0]
-  if name.startswith('vit') and len(names) > 1:  # the same names for any number of heads
-    channels = _require(given, _stem(names[0])[0], 4).shape[0]
-    known = {_stem(name)[2]: name for name in names}
-    if channels not in known:
-      raise errors.UserError(
-          f"'{file}' holds a ViT of {channels} channels, whose number of heads is not known",
-          f'{" or ".join(map(str, known))} channels', 'set <--from> to such a file', '--from')
-    name = known[channels]
+  if name not in names:
+    name = names[0]
+    if name.startswith('vit') and len(names) > 1:
+      name = _vit_of_its_channels(names, given, file)
   with as_file_errors(name):
     width = _width(name, given)
   _, (features, _) = _layout(name, 2, width)['fc.weight']
@@ -245,6 +244,17 @@ def as_file_errors(model_name: str) -> Iterator[None]:
   except errors.UserError as e:
     raise errors.UserError(e.found, e.required, f'set <--from> to weights of {model_name}',
                            '--from') from e
+
+
+def _vit_of_its_channels(names, given, file):
+  """The one of these ViTs whose width is 64: the names are the same for any number of heads."""
+  channels = _require(given, _stem(names[0])[0], 4).shape[0]
+  known = {_stem(name)[2]: name for name in names}
+  if channels not in known:
+    raise errors.UserError(
+        f"'{file}' holds a ViT of {channels} channels, whose number of heads is not known",
+        f'{" or ".join(map(str, known))} channels', 'set <--from> to such a file', '--from')
+  return known[channels]
 
 
 def _of_its_family(backbone):

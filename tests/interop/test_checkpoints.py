@@ -95,6 +95,34 @@ def test_an_exported_encoder_loads_in_timm(tmp_path, monkeypatch, torch, name):
   np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize('name', ['resnet18_cifar', 'alexnet', 'vgg16_bn', 'convnext_t'])
+@pytest.mark.parametrize('with_head', [True, False])
+def test_what_is_exported_is_read_again(tmp_path, monkeypatch, name, with_head):
+  variables = weights.variables(name, embedding_dim=D)
+  workdir.write(tmp_path, {'model.name': name}, None)
+  monkeypatch.setattr(checkpoint, 'read', lambda folder, names: variables)
+  exported = checkpoints.state_dict(tmp_path, with_head)
+  monkeypatch.setattr(safe_pickle, 'read_file', lambda file: exported)
+  settings, found = checkpoints.read_encoder('a.pth', D, 'linear')
+  assert settings['model.name'] in (name, name.removesuffix('_cifar'))
+  if not with_head:
+    for tree in (found, variables):
+      tree['params'].pop('fc')
+  weights.assert_same(found, variables)
+
+
+@pytest.mark.parametrize('name, width', [('vit_s16', 8), ('vit_b16', 4)])
+def test_a_file_tells_which_vit_it_holds_where_its_weights_do_not(
+    tmp_path, monkeypatch, name, width):
+  pytest.importorskip('safetensors', reason='safetensors is not installed')
+  workdir.write(tmp_path, {'model.name': name}, None)
+  variables = weights.variables(name, width, D)  # both of 48 channels
+  monkeypatch.setattr(checkpoint, 'read', lambda folder, names: variables)
+  checkpoints.export(tmp_path, tmp_path / 'net.safetensors', with_head=True)
+  settings, _ = checkpoints.read_encoder(tmp_path / 'net.safetensors', D, 'linear')
+  assert (settings['model.name'], settings['model.width']) == (name, width)
+
+
 def test_an_error_in_reading_names_the_argument_of_the_command_that_reads(monkeypatch):
   state_dict = convert.to_torch(weights.variables('resnet18'), 'resnet18')
   nothing = {'a.weight': np.zeros((2, 3), np.float32)}
