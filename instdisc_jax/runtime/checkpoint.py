@@ -32,6 +32,7 @@ from instdisc_jax.runtime import mesh as mesh_lib
 _MANIFEST = 'manifest.json'
 _DATES = '_CHECKPOINT_METADATA'  # which Orbax rewrites at the very end
 _PER_ROW = ('bank', 'classifier')  # fields with a row for each image
+_NOT_IN_IMPORTS = (*_PER_ROW, 'opt_state')  # of weights alone
 
 
 class Checkpoints:
@@ -123,8 +124,8 @@ class Checkpoints:
       step: the step of the checkpoint; the newest by default.
 
     Returns:
-      A training state like that. A bank or class weights that the checkpoint lacks (imported
-      weights) are taken from `like`.
+      A training state like that. A bank, class weights or an optimizer's state that the
+      checkpoint lacks (imported weights) are taken from `like`.
 
     Raises:
       errors.UserError: the number of rows in its bank is not the number of images.
@@ -132,7 +133,8 @@ class Checkpoints:
     step = self._manager.latest_step() if step is None else step
     assert step is not None, 'there is no checkpoint to restore'
     metadata: Any = self._manager.item_metadata(step)
-    absent = [name for name in _PER_ROW if hasattr(like, name) and metadata.tree.get(name) is None]
+    absent = [name for name in _NOT_IN_IMPORTS
+              if hasattr(like, name) and metadata.tree.get(name) is None]
     count = _num_rows(self._folder / str(step), metadata) or self._num_rows
     if count != self._num_rows:
       raise errors.UserError(

@@ -25,11 +25,12 @@ def import_checkpoint(file: str | os.PathLike[str], workdir: str | os.PathLike[s
   """Creates a workdir from a PyTorch checkpoint, for training and evaluation.
 
   The bank, Z, SGD's momentum and the epoch are imported if the file has them. The settings that it
-  implies are fixed in config.json; all others are free until the first run.
+  implies are fixed in config.json; all others are free until the first run. A run of some epochs
+  goes on with SGD; weights alone may be trained with any optimizer.
 
   Args:
     file: a checkpoint of the published code, or one with the weights of a known encoder in the
-      layout of torchvision, MoCo, PyContrast, VISSL or MMSelfSup.
+      layout of torchvision, timm, DINO, MoCo, PyContrast, VISSL or MMSelfSup.
     workdir: a folder that does not exist yet, or an empty one.
 
   Returns:
@@ -75,12 +76,21 @@ def _settings(found: checkpoints.Checkpoint) -> dict[str, Any]:
       'model.head': found.head, 'model.embedding_dim': found.embedding_dim}
   if found.bank is not None:
     settings['batch_size'] = 128 if cifar else 256  # as published, to convert epochs to steps
+  if _continues(found):
+    settings['optimizer.name'] = 'sgd'
   return settings
 
 
+def _continues(found: checkpoints.Checkpoint) -> bool:
+  """Whether the file has a part of the optimizer's state: momentum, or the number of epochs."""
+  return found.momentum is not None or found.bank is not None
+
+
 def _make_state(found: checkpoints.Checkpoint, num_rows: int, step: int) -> state_lib.TrainState:
-  optimizer = optimizer_lib.make(config_lib.default(), num_rows)
-  opt_state = optax.tree.set(optimizer.init(found.variables['params']), count=jnp.int32(step))
+  opt_state: Any = None
+  if _continues(found):
+    optimizer = optimizer_lib.make(config_lib.default(), num_rows)
+    opt_state = optax.tree.set(optimizer.init(found.variables['params']), count=jnp.int32(step))
   if found.momentum is not None:
     opt_state = optax.tree.set(opt_state, trace=found.momentum)
   bank: Any = None if found.bank is None else jnp.asarray(found.bank)
@@ -123,5 +133,7 @@ def _describe(found: checkpoints.Checkpoint, settings: dict[str, Any], step: int
               + f'; step {step:,} at batch size {settings["batch_size"]}',
               'row i must belong to training image i: the order is that of the PyTorch data set '
               "(sorted folders and files; torchvision's CIFAR-10), not that of TFDS"]
+  if not _continues(found):
+    return lines + ['optimizer: starts anew']
   return lines + ["optimizer: SGD's momentum "
                   + ('starts at zero' if found.momentum is None else 'from the file')]

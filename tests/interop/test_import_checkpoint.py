@@ -205,6 +205,19 @@ def test_a_workdir_without_a_bank_resumes_with_a_fresh_one(tmp_path, monkeypatch
   weights.assert_same({'params': state.params, 'batch_stats': state.batch_stats}, variables)
 
 
+def test_weights_alone_are_trained_with_any_optimizer(tmp_path, monkeypatch, saved_images):
+  config = _config(saved_images)
+  state_dict = layouts.to_torchvision(
+      weights.variables(config.model.name, 2, D), config.model.name)
+  monkeypatch.setattr(safe_pickle, 'read_file', lambda file: state_dict)
+  lines = importing.import_checkpoint('file.pth', tmp_path / 'run')
+  assert lines[-1] == 'optimizer: starts anew'
+  config.optimizer.name, config.steps = 'adamw', 1
+  config.model.name = workdir.read(tmp_path / 'run')[0]['model.name']
+  summary = experiment.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert summary['steps'] == 1 and np.isfinite(summary['final_loss'])
+
+
 def test_a_bank_of_other_data_is_refused(tmp_path, monkeypatch):
   config = small_config()
   name = config.model.name
