@@ -34,8 +34,10 @@ def test_mistakes_are_worded_with_the_command_s_own_arguments(tmp_path, monkeypa
 
 
 def test_finished_rows_are_never_lost_from_a_table(tmp_path, monkeypatch, capsys):
-  for row in ('0-seed0', '0-seed2', '5-seed1'):
-    write_finished(small_config(), tmp_path / 'rows' / row)
+  for title, row in (('parametric softmax', '0-seed0'), ('parametric softmax', '0-seed2'),
+                     ('full softmax', '5-seed1')):
+    config = tables.configure('noise_count', 'smoke', title, int(row[-1]))
+    write_finished(config, tmp_path / 'rows' / row)
   (tmp_path / 'rows' / '3-seed0').mkdir()  # not finished
 
   def run(config, workdir, watch):

@@ -28,6 +28,7 @@ from instdisc_jax.runtime import workdir as workdir_lib
 RESULTS = 'results.json'
 _SVM_FILE = 'svm.json'
 _FREE = 'dataset.data_dir', '--workdir'  # what a user may set; the table fixes the rest
+_COMPARED = 'model', 'loss', 'bank', 'optimizer'  # parts of the configuration that rows differ in
 _NCE = {'loss.name': 'nce'}
 _LOSSES = {
     'parametric softmax': {'loss.name': 'parametric_softmax'},
@@ -110,9 +111,9 @@ TABLES: dict[str, Table] = {
         'epoch.', curves=True),
     'recipe': Table(
         _recipe(), {'knn': {'published': 0.808}},
-        'The paper’s value is that of its Table 1: CIFAR-10, ResNet-18, 200 epochs. Of an MLP head '
-        'the pooled features are told as well. A step of two views costs twice as much.',
-        costs=True),
+        'Rows differ from that in what their titles say. The paper’s value is that of its Table 1: '
+        'CIFAR-10, ResNet-18, 200 epochs. With an MLP head kNN on the pooled features is shown '
+        'too. A step of two views costs twice as much.', costs=True),
 }
 
 
@@ -152,14 +153,14 @@ SCALES: dict[str, Callable[[], tuple[config_lib.Config, int]]] = {
     'smoke': _smoke, 'small': _small, 'paper': _paper}
 
 
-def configure(table: str, scale: str, title: str, seed: int,
+def configure(table: str, scale: str, title: str | None, seed: int,
               data_dir: str | None = None) -> config_lib.Config:
   """The configuration of one run.
 
   Args:
     table: one of `TABLES`.
     scale: one of `SCALES`.
-    title: the title of a row.
+    title: the title of a row; None for what the rows have in common.
     seed: the seed of the run.
     data_dir: the folder of prepared TFDS data.
 
@@ -170,7 +171,7 @@ def configure(table: str, scale: str, title: str, seed: int,
   if table == 'recipe':  # as published, 120 and 160 of 200 epochs
     milestones = tuple(round(share * config.epochs) for share in (0.6, 0.8))
     config.optimizer.update(schedule='milestones', milestones=milestones, warmup_epochs=0.0)
-  settings = dict(TABLES[table].rows[title])
+  settings = {} if title is None else dict(TABLES[table].rows[title])
   for key, whole in (('dataset.limit', config.dataset.limit), ('epochs', config.epochs),
                      ('loss.neighbors_from_epoch', config.epochs)):
     if key in settings:
@@ -180,7 +181,7 @@ def configure(table: str, scale: str, title: str, seed: int,
     config.loss.normalizer = str(20 * config.dataset.limit)
   config.seed, config.dataset.data_dir = seed, data_dir
   config.knn.every_epochs = 0  # only at the end
-  config.log_every_steps = 10  # for the curves
+  config.log_every_steps = 1 if TABLES[table].curves else 10
   config.checkpoint.update(every_steps=500, keep=1)
   return config
 
@@ -208,7 +209,7 @@ def run(output: pathlib.Path, table: str, scale: str, *, seeds: int | None = Non
   """
   entry, failed = TABLES[table], {}
   results = ended(output, table, scale)
-  about = describe(configure(table, scale, list(entry.rows)[-1], 0))
+  about = describe(configure(table, scale, None, 0))
   for seed in range(SCALES[scale]()[1] if seeds is None else seeds):  # all rows get values soon
     for number, title in enumerate(entry.rows):
       yield f'seed {seed}, {title}'
@@ -245,7 +246,7 @@ def measured(workdir: pathlib.Path, with_svm: bool) -> Measures | None:
   if not all(file.exists() for file in wanted):
     return None
   found, *svm = (json.loads(file.read_text()) for file in wanted)
-  settings = workdir_lib.read(workdir)[0]
+  settings = config_lib.flatten(config_lib.from_json(workdir_lib.read(workdir)[0]))
   kept = {'knn': found['knn_top1'], 'loss': found['final_loss'], 'steps': found['steps'],
           'seconds': found['wall_seconds'], 'untrained': found['knn_top1_untrained'],
           'pixels': found['knn_top1_pixels'], 'pooled': found.get('knn_top1_pooled'),
@@ -296,11 +297,22 @@ def ended(output: pathlib.Path, table: str, scale: str) -> Results:
   """
   check_output(output, table, scale)
   results: Results = {title: {} for title in TABLES[table].rows}
-  for number, by_seed in enumerate(results.values()):
+  for number, (title, by_seed) in enumerate(results.items()):
     for workdir in (output / 'rows').glob(f'{number}-seed*'):
-      if (row := measured(workdir, TABLES[table].with_svm)) is not None:
-        by_seed[int(workdir.name.partition('seed')[2])] = row
+      seed = int(workdir.name.partition('seed')[2])
+      row = measured(workdir, TABLES[table].with_svm)
+      if row is not None and _is_of(workdir, configure(table, scale, title, seed)):
+        by_seed[seed] = row
   return results
+
+
+def _is_of(workdir, config):
+  """Whether a finished run is that of a row, not one of the table as another version had it."""
+  found = config_lib.from_json(workdir_lib.read(workdir)[0])
+  compared = lambda config: {
+      key: value for key, value in config_lib.flatten(config).items()
+      if key in ('epochs', 'dataset.limit') or key.partition('.')[0] in _COMPARED}
+  return compared(found) == compared(config)
 
 
 def write(output: pathlib.Path, table: str, scale: str, results: Results,

@@ -7,6 +7,7 @@ import pytest
 from instdisc_jax import config as config_lib
 from instdisc_jax.evaluation import tables
 from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import workdir as workdir_lib
 from tests.conftest import write_finished
 
 
@@ -95,6 +96,20 @@ def test_a_table_shows_curves_or_costs(table, columns, tmp_path):
     assert '| the same, two views | – |' in text and '| 5.000 | – | 9 | 2,304 | 60 |' in text
   with Image.open(tmp_path / 'plot.png') as image:
     assert image.width > 600 * (1 + (table == 'proximal'))
+
+
+def test_a_run_of_another_version_s_table_is_not_taken_for_a_row(tmp_path):
+  list(tables.run(tmp_path, 'proximal', 'smoke', train=write_finished, measure_svm=dict))
+  folder = tmp_path / 'rows' / '1-seed0'
+  assert len(tables.ended(tmp_path, 'proximal', 'smoke')['λ = 0.1, m = 0']) == 1
+  config = tables.configure('proximal', 'smoke', 'λ = 0.1, m = 0', 0)
+  config.loss.proximal_weight = 10.0
+  write_finished(config, folder)
+  assert tables.ended(tmp_path, 'proximal', 'smoke')['λ = 0.1, m = 0'] == {}
+  settings, _ = workdir_lib.read(folder)
+  del settings['loss.views']  # as of a version without that setting
+  workdir_lib.write(folder, settings | {'loss.proximal_weight': 0.1}, None)
+  assert len(tables.ended(tmp_path, 'proximal', 'smoke')['λ = 0.1, m = 0']) == 1
 
 
 def test_the_recipe_s_rows_differ_by_one_switch_each():
