@@ -46,6 +46,7 @@ def measure(overrides, epochs, seed):
   """Trains for one row of the table; returns what is kept of its summary."""
   config = cli.read_config(f'{ROOT}/configs/digits.py', [
       f'--config.seed={seed}', *([f'--config.epochs={epochs}'] if epochs else []), *overrides])
+  config.loss.neighbors_from_epoch = min(config.loss.neighbors_from_epoch, config.epochs / 2)
   with tempfile.TemporaryDirectory() as folder:
     summary = experiment.run(config, f'{folder}/run')
   return {key: summary[key] for key in KEPT}

@@ -152,11 +152,12 @@ SETTINGS = (
             'exponential moving average, or a number', _NORMALIZER),
     Setting('loss.normalizer_decay', 0.99, 'decay per step of the moving average', _within(0, 1)),
     Setting('loss.proximal_weight', 0.0, 'weight λ of the proximal term', _NON_NEGATIVE),
-    Setting('loss.views', 1, 'views of each image per step; two, with softmax, must also recognize '
-            'each other', _one_of(1, 2)),
+    Setting('loss.views', 1, 'views of each image per step; of two, each must also '
+            'recognize the other', _one_of(1, 2)),
     Setting('loss.neighbors', 0, 'rows nearest to a feature that are positives too, with softmax',
             _at_least(0)),
-    Setting('loss.neighbors_from_epoch', 10, 'epoch from which they are', _NON_NEGATIVE),
+    Setting('loss.neighbors_from_epoch', 10.0, 'epoch from which neighbors are positives',
+            _NON_NEGATIVE),
     Setting('loss.margin', 0.2, 'margin of triplet, in cosines', _within(0, 2)),
     Setting('loss.mining', 'semi_hard', 'the negatives of triplet: the most similar row, the most '
             'similar below the own row, or sampled rows',
@@ -233,6 +234,9 @@ _EARLIER: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 # Settings of the model, loss and bank that suit a machine, not a run.
 _OF_THE_MACHINE = {'model.init', 'model.dtype', 'model.reduce_dtype', 'loss.kernel',
                    'loss.block_rows', 'bank.dtype'}
+
+# The parts of the configuration that make the method: what a run lacks of them had its default.
+_METHOD = 'model', 'loss', 'bank', 'optimizer', 'augment'
 
 # Augment settings for photographs, in the published ImageNet order.
 PHOTOGRAPHS = dict(size=224, grayscale_first=True, flip=0.5, mean=(0.485, 0.456, 0.406),
@@ -388,6 +392,11 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
         f'model.name is {config.model.name}, which needs images of {smallest} pixels',
         f'an encoder for images of {side} pixels', setting='model.name',
         remedy='set <model.name>=resnet18_cifar, or <augment.size>')
+  if config.model.name.startswith('vit') and (view_size[0] % smallest or view_size[1] % smallest):
+    raise errors.UserError(
+        f'the views have {view_size[0]} x {view_size[1]} pixels',
+        f'a multiple of the {smallest} pixels of a patch of {config.model.name}',
+        f'set <augment.size>={side // smallest * smallest}', 'augment.size')
   if config.dataset.path == 'stream' and view_size[0] != view_size[1]:
     raise errors.UserError(
         f'augment.size is not set, and the images of {config.dataset.name} have '
@@ -405,6 +414,11 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
     raise errors.UserError(
         f'batch_size is {config.batch_size}', f'a multiple of the {num_devices} devices{times}',
         setting='batch_size', remedy=f'set <batch_size>={-(-config.batch_size // parts) * parts}')
+  if config.loss.neighbors and config.loss.neighbors_from_epoch >= _epochs(config, num_rows):
+    raise errors.UserError(
+        f'loss.neighbors_from_epoch is {config.loss.neighbors_from_epoch:g}',
+        f'below the {_epochs(config, num_rows):g} epochs of the run',
+        setting='loss.neighbors_from_epoch')
   if config.loss.neighbors >= num_rows:
     raise errors.UserError(
         f'loss.neighbors is {config.loss.neighbors}',
@@ -414,6 +428,11 @@ def validate_for_data(config: Config, num_rows: int, view_size: tuple[int, int],
     raise errors.UserError(
         f'knn.neighbors is {config.knn.neighbors}', f'at most the {num_rows} training images',
         setting='knn.neighbors', remedy=f'set <knn.neighbors>={min(20, num_rows)}')
+
+
+def _epochs(config, num_rows):
+  """The length of the run in epochs."""
+  return config.epochs if config.steps is None else config.steps * config.batch_size / num_rows
 
 
 def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
@@ -487,6 +506,12 @@ def resume(config: Config, stored: Mapping[str, Any]) -> Config:
           f'{key} is {asked[key]}', f'{value}, as when this run was started', setting=key,
           remedy=f'set <{key}>={value}, or another <--workdir>')
     config.update_from_flattened_dict({key: value})
+  for key in asked.keys() - started.keys() if 'seed' in stored else ():  # an import fixes few
+    part, setting = key.partition('.')[0], _BY_KEY[key]
+    if part in _METHOD and not setting.changeable and asked[key] != setting.default:
+      raise errors.UserError(
+          f'{key} is {asked[key]}', f'{setting.default}, as when this run was started', setting=key,
+          remedy=f'set <{key}>={setting.default}, or another <--workdir>')
   return config
 
 

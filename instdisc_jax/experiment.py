@@ -145,6 +145,8 @@ def _timed(config, stored, dataset, mesh, within_epochs):
   ratio = epochs / config.epochs
   config.update(steps=steps, epochs=epochs)
   config.optimizer.milestones = tuple(round(m * ratio) for m in config.optimizer.milestones)
+  config.optimizer.warmup_epochs *= ratio
+  config.loss.neighbors_from_epoch *= ratio
   return config
 
 

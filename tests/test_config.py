@@ -199,6 +199,18 @@ def test_settings_that_an_earlier_version_lacked_keep_what_they_amounted_to():
     config_lib.resume(config, old)
 
 
+@pytest.mark.parametrize('key, value', [
+    ('loss.views', 2), ('loss.neighbors', 3), ('model.head', 'mlp'), ('optimizer.name', 'adamw')])
+def test_a_run_is_not_resumed_with_a_method_that_its_version_lacked(key, value):
+  config = config_lib.default()
+  old = config_lib.to_json(config)
+  default = old.pop(key)
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.UserError, match=f'{key} is {value}, must be {default}, as when'):
+    config_lib.resume(config, old)
+  config_lib.resume(config, {'model.name': 'resnet50'})  # an import is free
+
+
 def test_a_start_from_a_run_takes_its_recipe_unless_overridden():
   earlier = config_lib.to_json(config_lib.default()) | {
       'augment.size': 96, 'augment.crop_scale': [0.5, 1.0], 'loss.temperature': 0.2,

@@ -39,12 +39,15 @@ def test_the_steps_fill_the_time_that_compilation_leaves(monkeypatch):
 
 def test_the_milestones_keep_their_place_in_a_run_of_minutes(tmp_path, monkeypatch):
   monkeypatch.setattr(budget, 'steps', lambda *_: 26)
-  config = _config(1.0, milestones=(1, 2))  # of 3 epochs of 4 steps
+  config = _config(1.0, milestones=(1, 2), warmup_epochs=0.3)  # of 3 epochs of 4 steps
+  config.loss.update(neighbors=1, neighbors_from_epoch=1.5)
   with pytest.raises(errors.Stopped):
     experiment.run(config, tmp_path, jax.devices()[:1], SignalAt(polls=1))
   settings, _ = workdir_lib.read(tmp_path)
   assert (settings['steps'], settings['epochs']) == (26, 7)
   assert settings['optimizer.milestones'] == [2, 5]
+  assert settings['optimizer.warmup_epochs'] == pytest.approx(0.7)
+  assert settings['loss.neighbors_from_epoch'] == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize('schedule', ['milestones', 'cosine'])
