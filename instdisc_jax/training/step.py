@@ -46,7 +46,7 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
   place = views.places(state.step, config.batch_size, index.size, AXIS)
   visited = None
   if config.loss.proximal_weight and not setup.inherits_rows:
-    visited = (place >= num_rows) | (state.step > num_rows // config.batch_size)
+    visited = _visited(place, index, num_rows) | (state.step > num_rows // config.batch_size)
   with jax.named_scope('augmentation'):
     images = _views(config, place, batch, setup.wide)
 
@@ -63,6 +63,15 @@ def train_step(state: TrainState, batch: feeds.Batch, *,
                 optimizer=setup.optimizer, config=config, num_rows=num_rows, axis_name=AXIS,
                 reduce_dtype=setup.reduce_dtype, kernel=setup.kernel.name,
                 unroll=on_cpu(setup.mesh))
+
+
+def _visited(place, index, num_rows):
+  """Whether images at these places were in an earlier batch [b], in the first two epochs.
+
+  In the batch in which the first epoch ends, an image's first and second visit may meet.
+  """
+  first = bank_lib.gather(jnp.where(place < num_rows, index, -1), AXIS)
+  return (place >= num_rows) & (index[:, None] != first).all(axis=1)
 
 
 def _views(config, place, batch, dtype):
@@ -141,17 +150,17 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
   scan = _unrolled_scan if unroll or accumulate_steps == 1 else lax.scan
   (batch_stats, normalizer, grads), (features, per_image, metrics) = scan(
       part, (state.batch_stats, state.normalizer, zeros),
-      _in_parts((*inputs, visited), accumulate_steps, axis_name))
+      _in_parts((*inputs, visited), accumulate_steps))
   grads = jax.tree.map(lambda g: _sum(g / accumulate_steps, axis_name, reduce_dtype), grads)
   metrics = {name: value.mean() for name, value in metrics.items()}
   metrics['grad_norm'] = optax.tree.norm(grads)
   index = _after(inputs[1], sum(metrics.values()))
   with jax.named_scope('update'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    features, classifier = features.reshape(index.size, -1), state.classifier
+    features, classifier = _whole(features), state.classifier
     if classifier is not None:
       gradient = losses.class_weights_gradient(
-          features, classifier['weights'], index, per_image.reshape(-1),
+          features, classifier['weights'], index, _whole(per_image),
           temperature=loss.temperature, block_rows=loss.block_rows, **shared)
       classifier = _update_classifier(classifier, gradient, optimizer, state.step)
     bank, metrics['alignment'] = bank_lib.move(
@@ -292,18 +301,22 @@ def _unrolled_scan(body, carry, inputs):
   return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
 
-def _in_parts(inputs, num_parts, axis_name):
-  """(images, index, noise_index, visited) with a leading axis of parts."""
+def _in_parts(inputs, num_parts):
+  """(images, index, noise_index, visited) with a leading axis of parts.
+
+  Part p has the places p, p + num_parts, ... of the batch: the same images whatever the devices.
+  """
   images, index, noise_index, visited = inputs
-  split = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
-  if noise_index is not None and noise_index.ndim == 1:
-    noise_index = jnp.broadcast_to(noise_index, (num_parts, noise_index.size))
-  elif noise_index is not None:
-    # The global batch is ordered by device; a part has the same piece of every device's images.
-    num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    pieces = noise_index.reshape(num_devices, num_parts, -1, noise_index.shape[1])
-    noise_index = pieces.swapaxes(0, 1).reshape(num_parts, -1, noise_index.shape[1])
+  split = lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+  if noise_index is not None:  # of the global batch; a device's images are a multiple of the parts
+    noise_index = (split(noise_index) if noise_index.ndim == 2
+                   else jnp.broadcast_to(noise_index, (num_parts, noise_index.size)))
   return split(images), split(index), noise_index, None if visited is None else split(visited)
+
+
+def _whole(parts):
+  """[parts, b, ...] -> [parts · b, ...], in the order of the batch, see `_in_parts`."""
+  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
 def _next_normalizer(loss, normalizer, estimate):

@@ -116,6 +116,18 @@ def test_the_proximal_term_leaves_out_rows_that_were_never_visited(monkeypatch):
   assert 0 < penalty[2] < 0.3 * of_all[2] and (penalty[3:] > 0).all()
 
 
+@pytest.mark.parametrize('num_devices', [1, 4])
+def test_two_visits_in_one_batch_are_no_past(num_devices):
+  """Of 5 images: places 0 to 4 are their first visits, and the batch has the places 4 to 7."""
+  local = P(mesh_lib.AXIS)
+  visited = jax.jit(jax.shard_map(
+      functools.partial(step_lib._visited, num_rows=5), mesh=mesh_lib.make(
+          jax.devices()[:num_devices]), in_specs=(local, local), out_specs=local))
+  place, index = jnp.arange(4, 8, dtype=jnp.uint32), jnp.array([3, 0, 3, 1])
+  assert visited(place, index).tolist() == [False, True, False, True]
+  assert visited(place + 4, index).tolist() == [True] * 4
+
+
 def test_the_row_moves_to_the_mean_of_two_views():
   config = tiny.config(views=2)
   config.bank.momentum, config.optimizer.learning_rate = 0.0, 1e-12
@@ -243,7 +255,8 @@ def _linear_updates(loss, num_devices, accumulate_steps, num_steps=1, normalizer
   if loss['name'] == 'parametric_softmax':
     rows = mesh_lib.pad_rows(jnp.asarray(random.standard_normal((N, 8))), num_devices)
     state = state.replace(classifier={'weights': rows, 'momentum': rows / 3})
-  images, index = random.standard_normal((B, 5)), random.permutation(N)[:B]
+  shape = (B, 2, 5) if loss.get('views') == 2 else (B, 5)
+  images, index = random.standard_normal(shape), random.permutation(N)[:B]
   noise_index = random.integers(0, N, 30 if loss.get('shared_noise') else (B, 30))
   step = functools.partial(
       step_lib.update, encode=lambda w, stats, x: (bank_lib.normalize(x @ w), stats),
@@ -274,6 +287,14 @@ def test_accumulated_parts_make_the_same_step_as_the_full_batch(loss, num_device
   chex.assert_trees_all_close(rows_parts, rows, rtol=1e-10)
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(metrics_parts[name], metrics[name], rtol=1e-10)
+
+
+def test_parts_have_the_same_views_to_compare_on_any_number_of_devices():
+  with jax.enable_x64(True):
+    first, second, whole = (_linear_updates(dict(name='softmax', views=2), num_devices, parts)
+                            for num_devices, parts in ((1, 4), (4, 4), (1, 1)))
+  chex.assert_trees_all_close(second, first, rtol=1e-10)
+  assert first[2]['loss'][0] < whole[2]['loss'][0] - 0.1  # fewer views to tell apart
 
 
 @pytest.mark.usefixtures('interpreted')
