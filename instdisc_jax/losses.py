@@ -193,19 +193,21 @@ def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int
     bank: [N, D], or the local shard.
     index: [B] int.
     count: K, at most N - 1.
-    below_own: only rows less similar than the image's own: with K = 1 the semi-hard negative of
-      `triplet_loss` (Schroff et al., 2015), without it the hardest.
+    below_own: only rows less similar than the image's own, by more than rounding can account for:
+      with K = 1 the semi-hard negative of `triplet_loss` (Schroff et al., 2015), without it the
+      hardest.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.
 
   Returns:
     [B, K] int32, of the global batch, on every device; -1 where there is none.
   """
-  queries, bank, index = _as_data(features, bank, index, axis_name)
+  queries, bank, index = _as_queries(features, bank, index, 1.0, axis_name)
   below = None
-  if below_own:
+  if below_own:  # the sum over D is rounded otherwise in a product with all rows
     below = _positive(queries, bank, index, axis_name)[1]
     below = below if axis_name is None else lax.psum(below, axis_name)
+    below -= 16 * jnp.finfo(below.dtype).eps
   similarity, row = neighbors.nearest(queries, bank, index, below, k=count, axis_name=axis_name,
                                       num_rows=num_rows)
   return jnp.where(jnp.isfinite(similarity), row, -1)

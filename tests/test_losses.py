@@ -341,6 +341,16 @@ def test_mined_rows_are_the_most_similar_others(num_devices):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_copy_of_the_own_row_is_no_semi_hard_negative(dtype):
+  random = np.random.default_rng(7)
+  rows = twins.unit_rows(random, 64, 128)
+  bank = jnp.asarray(np.concatenate([rows, rows]), dtype)
+  features = jnp.asarray(twins.unit_rows(random, 64, 128), jnp.float32)
+  found = losses.nearest(features, bank, jnp.arange(64), count=1, below_own=True)[:, 0]
+  assert not (np.asarray(found) % 64 == np.arange(64)).any()
+
+
 def test_without_a_less_similar_row_there_is_no_semi_hard_one():
   bank = np.eye(4, D, dtype=np.float32)
   features = -bank  # the own row is the farthest
