@@ -103,7 +103,9 @@ def of_bank(mesh: jax.sharding.Mesh, num_rows: int) -> Any:
     rows = jnp.where(owned[:, None], bank[local].astype(jnp.float32), 0)
     rows = bank_lib.normalize(lax.psum(rows, AXIS))
     gram = jnp.matmul(rows.T, rows, precision='highest')
-    share = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))  # the singular values
+    squared = jnp.linalg.eigvalsh(gram)  # of the singular values; the root would magnify rounding
+    rounding = len(squared) * jnp.finfo(squared.dtype).eps * squared.max()
+    share = jnp.sqrt(jnp.where(squared > rounding, squared, 0))
     share /= share.sum()
     return _uniformity(rows), jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
 

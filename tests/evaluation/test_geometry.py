@@ -53,3 +53,15 @@ def test_the_geometry_of_a_sharded_bank_is_that_of_its_rows():
     chosen = rows[np.linspace(0, num_rows - 1, min(1024, num_rows)).round().astype(int)]
     assert float(uniformity) == pytest.approx(geometry.uniformity(chosen), abs=1e-4)
     assert float(rank) == pytest.approx(geometry.effective_rank(chosen), rel=1e-4)
+
+
+def test_the_effective_rank_of_a_collapsed_bank_is_small():
+  random = np.random.default_rng(2)
+  for rank in (1, 3):
+    rows = random.normal(size=(500, rank)) @ np.eye(rank, 32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rotated = rows @ np.linalg.qr(random.normal(size=(32, 32)))[0]
+    mesh = mesh_lib.make()
+    _, found = geometry.of_bank(mesh, 500)(mesh_lib.shard_rows(rotated.astype('f4'), mesh))
+    assert float(found) == pytest.approx(geometry.effective_rank(rows), rel=1e-3)
+    assert rank - 0.1 < found < rank + 1e-3
