@@ -9,7 +9,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 import tensorboardX
 
-from instdisc_jax.runtime import files
+from instdisc_jax.runtime import errors, files
 
 FILE = 'metrics.jsonl'
 
@@ -21,7 +21,8 @@ class Metrics:
     workdir: the run's folder.
     step: the step that the run resumes from. Later lines, left by a run that was stopped after
       its last checkpoint, are dropped, so that no step is reported twice.
-    tracker: is told the same, see `tracker.start`; or None.
+    tracker: gets the same values, see `tracker.start`; or None. If it fails, the run goes on
+      without it.
 
   Attributes:
     earlier_seconds: wall-clock time spent earlier, according to the kept lines.
@@ -56,8 +57,17 @@ class Metrics:
     known = {name: value for name, value in values.items() if value is not None}
     for name, value in known.items():
       self._events.add_scalar(name, value, step)
-    if self._tracker is not None:
-      self._tracker.log(known, step=step)
+    self._track(lambda tracker: tracker.log(known, step=step))
+
+  def _track(self, report):
+    if self._tracker is None:
+      return
+    try:
+      report(self._tracker)
+    except Exception as e:  # of a service: no network, a full disk
+      self._tracker = None
+      errors.warn(f'the tracker failed and gets no more metrics ({errors.one_line(e)[:200]}); '
+                  f'{FILE} has them all')
 
   def close(self) -> None:
     """Closes the files."""
@@ -65,8 +75,7 @@ class Metrics:
       self._file.close()
     if self._events is not None:
       self._events.close()
-    if self._tracker is not None:
-      self._tracker.finish()
+    self._track(lambda tracker: tracker.finish())
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

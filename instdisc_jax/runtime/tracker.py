@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import importlib
 import os
+import re
 from typing import Any
 import uuid
 
@@ -57,7 +58,8 @@ def start(name: str | None, workdir: files.Place, settings: Mapping[str, Any]) -
     return None
   path = workdir / FILE
   if not path.exists():
-    files.write(path, f'{workdir.name}-{uuid.uuid4().hex[:8]}\n')
+    name_of_run = re.sub(r'[^\w.=-]', '-', workdir.name)  # wandb allows no more
+    files.write(path, f'{name_of_run}-{uuid.uuid4().hex[:8]}\n')
   run = path.read_text().strip()
   extra: dict[str, Any] = {'embed': False}
   if name == 'wandb':

@@ -7,7 +7,7 @@ from instdisc_jax.runtime import errors, metrics, tracker
 
 
 class Run:
-  """A tracker that keeps what it is told."""
+  """A tracker that keeps what it gets."""
 
   def __init__(self, **how):
     self.how, self.lines, self.finished = how, [], False
@@ -27,7 +27,7 @@ def name(request, monkeypatch):
   return request.param
 
 
-def test_a_tracker_is_told_each_line_at_its_step(name, tmp_path):
+def test_a_tracker_gets_each_line_at_its_step(name, tmp_path):
   run = tracker.start(name, tmp_path, {'seed': 3})
   lines = metrics.Metrics(tmp_path, 0, run)
   lines.write(5, loss=1.5, images_per_second=None)
@@ -44,6 +44,25 @@ def test_a_run_that_resumes_goes_on_under_its_name(name, tmp_path):
   another = tracker.start(name, tmp_path / 'other' / 'run', {}).how
   assert first['name'] == second['name'] != another['name']
   assert first['name'].startswith('run-') and first['resume'] == 'allow'
+
+
+def test_a_run_goes_on_without_a_tracker_that_fails(name, tmp_path, monkeypatch, capsys):
+  def log(*_, **__):
+    raise RuntimeError('the service died')
+
+  run = tracker.start(name, tmp_path, {})
+  monkeypatch.setattr(run, 'log', log)
+  lines = metrics.Metrics(tmp_path, 0, run)
+  lines.write(5, loss=1.5)
+  lines.write(10, loss=1.0)
+  lines.close()
+  assert [line['step'] for line in metrics.read(tmp_path)] == [5, 10] and not run.finished
+  assert capsys.readouterr().err.count('the service died') == 1
+
+
+def test_the_name_of_a_run_has_no_characters_that_a_tracker_refuses(name, tmp_path):
+  (tmp_path / 'lr=0.1,a#b').mkdir()
+  assert tracker.start(name, tmp_path / 'lr=0.1,a#b', {}).how['name'].startswith('lr=0.1-a-b-')
 
 
 def test_a_tracker_that_does_not_start_is_one_line(name, tmp_path, monkeypatch):
