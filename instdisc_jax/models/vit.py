@@ -57,9 +57,10 @@ class ViT(layers.Encoder):
   """A vision transformer; its embedding is computed from the class token.
 
   Attributes:
-    heads: of 64 channels each, or as many as `width`.
+    heads: each of `width` channels, 64 in the literature.
     patch: side of a patch, in pixels.
-    grid: patches on a side for which the position embeddings are; others are interpolated.
+    grid: patches per side that the position embeddings were made for; for others they are
+      interpolated.
     layer_scale: whether blocks scale what they add (Touvron et al., 2021), as in DINOv2.
     depth: number of blocks.
   """

@@ -31,15 +31,19 @@ def learning_rate_schedule(config: config_lib.Config, num_rows: int) -> optax.Sc
   return optax.piecewise_constant_schedule(config.optimizer.learning_rate, boundaries)
 
 
+def _kernels(params):
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+
+
 def make(config: config_lib.Config, num_rows: int) -> optax.GradientTransformation:
   """SGD with momentum and weight decay on all parameters (PyTorch's), or AdamW.
 
   AdamW (Loshchilov and Hutter, 2019) has β1 = `optimizer.momentum` and β2 = 0.999; its weight decay
-  leaves out biases, norms and scales, which have a single axis.
+  is that of kernels alone: not of biases, scales, or the class token and positions of a ViT.
   """
   optimizer, schedule = config.optimizer, learning_rate_schedule(config, num_rows)
   if optimizer.name == 'adamw':
     return optax.adamw(schedule, b1=optimizer.momentum, weight_decay=optimizer.weight_decay,
-                       mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
+                       mask=_kernels)
   return optax.chain(optax.add_decayed_weights(optimizer.weight_decay),
                      optax.sgd(schedule, momentum=optimizer.momentum))

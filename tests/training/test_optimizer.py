@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from instdisc_jax.training import optimizer as optimizer_lib
 from tests.training import tiny
@@ -48,3 +50,15 @@ def test_optimizer_is_pytorch_sgd():
     velocity = 0.9 * velocity + grad + 0.01 * w
     w -= 0.1 * velocity
     np.testing.assert_allclose(params, w, rtol=1e-6)
+
+
+def test_adamw_decays_kernels_alone():
+  config = tiny.config()
+  config.optimizer.update(name='adamw', learning_rate=0.1, weight_decay=0.5)
+  params = {'block': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}, 'pos_embed': jnp.ones((1, 3)),
+            'norm': {'scale': jnp.ones(2)}}
+  optimizer = optimizer_lib.make(config, N)
+  still = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(still, optimizer.init(params), params)
+  assert jax.tree.map(lambda x: float(x.min()), updates) == {
+      'block': {'kernel': pytest.approx(-0.05), 'bias': 0}, 'pos_embed': 0, 'norm': {'scale': 0}}
