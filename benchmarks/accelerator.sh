@@ -41,9 +41,14 @@ piece() {  # NUMBER WHAT COMMAND...
   case " $pieces " in *" $1 "*) ;; *) return ;; esac
   echo "== $1: $2"
   local started=$SECONDS
-  timeout 540 "$python" "${@:3}" && echo "== $1 done in $((SECONDS - started)) s" \
-    || echo "== $1 FAILED after $((SECONDS - started)) s"
+  if timeout 540 "$python" "${@:3}"; then
+    echo "== $1 done in $((SECONDS - started)) s"
+  else
+    echo "== $1 FAILED after $((SECONDS - started)) s"
+    failed=1
+  fi
 }
+failed=0
 
 piece 1 "CIFAR step beside PyTorch" benchmarks/train_step.py "${step[@]}" \
   --output="$out/gpu_step_cifar.json"
@@ -66,3 +71,4 @@ piece 7 "CIFAR-10, the full schedule, two views" benchmarks/cifar10.py --data="a
 piece 8 "the cost of a second view" benchmarks/two_views.py "${step[@]}" \
   --output="$out/gpu_two_views.json"
 ls -l "$out"
+exit "$failed"

@@ -87,10 +87,10 @@ def main():
   def encode(params, batch_stats, images):
     features, updated = encoder.apply({'params': params, 'batch_stats': batch_stats}, images,
                                       train=True, mutable=['batch_stats'])
-    return features, jax.lax.pmean(updated['batch_stats'], mesh_lib.AXIS)
+    return features, jax.lax.pmean(updated.get('batch_stats', {}), mesh_lib.AXIS)
 
   noise = None
-  if args.loss in config_lib.SAMPLED_LOSSES:
+  if config_lib.draws_noise(config.loss):
     noise = jax.random.randint(jax.random.key(1), (args.batch, config.loss.noise_count), 0,
                                args.rows)
   update = lambda state, images, index: step_lib.update(

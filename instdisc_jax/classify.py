@@ -1,7 +1,7 @@
 """Classifies all images of a folder from the labels of a few.
 
 Reads labels of some images and writes for every image its class, how likely that is right, and the
-labeled images most like it. The accuracy is told by leave-one-out.
+labeled images most like it. The accuracy is estimated by leave-one-out.
 """
 
 from collections.abc import Sequence

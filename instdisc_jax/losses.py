@@ -120,8 +120,8 @@ def _log_sum(queries, bank, near, axis_name):
           weighted * (shrink / jnp.where(total > 0, total, 1))[:, None])
 
 
-def other_view_loss(features: Float[Array, 'V D'], *, temperature: float,
-                    axis_name: str | None = None) -> Float[Array, ' V']:
+def other_view_loss(features: Float[Array, 'views D'], *, temperature: float,
+                    axis_name: str | None = None) -> Float[Array, ' views']:
   """The softmax over the other views of the batch, for two views v, v' of each of its B images:
 
       loss_i  = logsumexp_j(v'_j·v_i / τ) - v'_i·v_i / τ
@@ -131,13 +131,13 @@ def other_view_loss(features: Float[Array, 'V D'], *, temperature: float,
   positive is InvaSpread's, Ye et al., 2019; the form that of MoCo v3, Chen et al., 2021.)
 
   Args:
-    features: [V, D] unit-norm, V = 2 B, all first views before all second ones; local when
+    features: [2 B, D] unit-norm, all first views before all second ones; local when
       `axis_name` is given, where each device compares its own with the global batch.
     temperature: τ > 0.
     axis_name: mesh axis over which the batch is sharded, or None.
 
   Returns:
-    [V].
+    [2 B].
   """
   return _other_view_loss(features, temperature, axis_name)
 

@@ -1,6 +1,6 @@
 """Classes for many images from the labels of a few, by their embeddings.
 
-Everything is told by leave-one-out: each labeled image is classified by the others. It chooses K,
+Everything is estimated by leave-one-out: each labeled image is classified by the others. It chooses K,
 calibrates the confidence, and gives the accuracy.
 """
 

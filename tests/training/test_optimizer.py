@@ -55,8 +55,8 @@ def test_optimizer_is_pytorch_sgd():
 def test_adamw_decays_kernels_alone():
   config = tiny.config()
   config.optimizer.update(name='adamw', learning_rate=0.1, weight_decay=0.5)
-  params = {'block': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}, 'pos_embed': jnp.ones((1, 3)),
-            'norm': {'scale': jnp.ones(2)}}
+  params = {'block': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)},
+            'norm': {'scale': jnp.ones(2)}, 'pos_embed': jnp.ones((1, 3))}
   optimizer = optimizer_lib.make(config, N)
   still = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(still, optimizer.init(params), params)
