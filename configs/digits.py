@@ -18,8 +18,9 @@ def get_config():
   config.dataset.order = 'permutation'  # as when the figures of the documents were measured
   config.model.name = 'resnet10'
   config.model.width = 16
-  # Used only by the losses that draw noise samples. A Z estimated on the initial, random bank is far too small
-  # for a short run; one that tracks the batch lets a proximal term collapse the features.
+  # Used only by the losses that draw noise samples. A Z estimated on the initial, random bank is
+  # far too small for a short run; one that tracks the batch lets a proximal term collapse the
+  # features.
   config.loss.noise_count = 512
   config.loss.normalizer = '30000'
   config.batch_size = 128

@@ -1,7 +1,7 @@
 """Classes for many images from the labels of a few, by their embeddings.
 
-Everything is estimated by leave-one-out: each labeled image is classified by the others. It chooses K,
-calibrates the confidence, and gives the accuracy.
+Everything is estimated by leave-one-out: each labeled image is classified by the others. That
+chooses K, calibrates the confidence, and gives the accuracy.
 """
 
 from collections.abc import Sequence
