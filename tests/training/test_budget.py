@@ -1,6 +1,7 @@
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from instdisc_jax import data, experiment
@@ -12,17 +13,25 @@ from tests.conftest import small_config
 from tests.test_experiment import SignalAt
 
 
-def _config(minutes, **optimizer):
+@pytest.fixture
+def images(tmp_path):
+  """128 images without labels: there is little to evaluate."""
+  np.savez(tmp_path / 'images.npz', images=np.random.default_rng(0).integers(
+      0, 256, (128, 8, 8, 3), dtype=np.uint8))
+  return f'arrays:{tmp_path}/images.npz'
+
+
+def _config(minutes, images, **optimizer):
   config = small_config()
   config.minutes = minutes
-  config.dataset.path = 'resident'
+  config.dataset.update(name=images, limit=None, path='resident')
   config.knn.every_epochs = 0  # only at the end
   config.optimizer.update(optimizer)
   return config
 
 
-def test_the_steps_fill_the_time_that_compilation_leaves(monkeypatch):
-  config = _config(2.0)
+def test_the_steps_fill_the_time_that_compilation_leaves(images, monkeypatch):
+  config = _config(2.0, images)
   now = types.SimpleNamespace(seconds=0.0)
 
   def run_steps(state, inputs, count):
@@ -31,19 +40,19 @@ def test_the_steps_fill_the_time_that_compilation_leaves(monkeypatch):
 
   monkeypatch.setattr(budget, 'time', types.SimpleNamespace(monotonic=lambda: now.seconds))
   monkeypatch.setattr(budget.step_lib, 'over_mesh', lambda *_: run_steps)
-  images = data.load(config.dataset, 0).train
-  assert budget.steps(config, images, mesh_lib.make(jax.devices()[:2])) == (120 - 30) / 0.5
+  train = data.load(config.dataset, 0).train
+  assert budget.steps(config, train, mesh_lib.make(jax.devices()[:2])) == (120 - 30) / 0.5
   now.seconds, config.minutes = 0.0, 0.1
-  assert budget.steps(config, images, mesh_lib.make(jax.devices()[:2])) == 1
+  assert budget.steps(config, train, mesh_lib.make(jax.devices()[:2])) == 1
 
 
-def test_the_milestones_keep_their_place_in_a_run_of_minutes(tmp_path, monkeypatch):
+def test_the_schedule_keeps_its_places_in_a_run_of_minutes(images, tmp_path, monkeypatch):
   monkeypatch.setattr(budget, 'steps', lambda *_: 26)
-  config = _config(1.0, milestones=(1, 2), warmup_epochs=0.3)  # of 3 epochs of 4 steps
+  config = _config(1.0, images, milestones=(1, 2), warmup_epochs=0.3)  # of 3 epochs of 4 steps
   config.loss.update(neighbors=1, neighbors_from_epoch=1.5)
   with pytest.raises(errors.Stopped):
-    experiment.run(config, tmp_path, jax.devices()[:1], SignalAt(polls=1))
-  settings, _ = workdir_lib.read(tmp_path)
+    experiment.run(config, tmp_path / 'run', jax.devices()[:1], SignalAt(polls=1))
+  settings, _ = workdir_lib.read(tmp_path / 'run')
   assert (settings['steps'], settings['epochs']) == (26, 7)
   assert settings['optimizer.milestones'] == [2, 5]
   assert settings['optimizer.warmup_epochs'] == pytest.approx(0.7)
@@ -51,9 +60,11 @@ def test_the_milestones_keep_their_place_in_a_run_of_minutes(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('schedule', ['milestones', 'cosine'])
-def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(tmp_path, monkeypatch, schedule):
+def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(
+    images, tmp_path, monkeypatch, schedule):
   monkeypatch.setattr(budget, 'steps', lambda *_: 10)
-  config, devices = _config(1.0, schedule=schedule, milestones=(1, 2)), jax.devices()[:1]
+  devices = jax.devices()[:1]
+  config = _config(1.0, images, schedule=schedule, milestones=(1, 2))
   with pytest.raises(errors.Stopped):
     experiment.run(config, tmp_path / 'run', devices, SignalAt(polls=4))
   monkeypatch.setattr(budget, 'steps', lambda *_: pytest.fail('measured again'))
