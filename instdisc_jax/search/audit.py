@@ -13,7 +13,7 @@ import pathlib
 
 from jaxtyping import Float, Int
 import numpy as np
-from scipy import sparse
+from scipy import sparse, special
 from scipy.sparse import csgraph
 
 from instdisc_jax.runtime import errors, files
@@ -23,6 +23,8 @@ NEIGHBORS = 10  # of each row: enough to connect every group
 _OUTLIERS = 0.01  # share of the rows that are listed as outliers
 _BY_CHANCE = 0.01  # share of the pairs above the threshold
 _LEAST = 0.5  # no pair below is ever a duplicate
+_ROUNDING = 4e-7  # squared distance within which rows are the same
+_CROWDED = 0.05  # share of the rows that may have 10 duplicates and more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def examine(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | 
   """
   found = neighbors.search(rows, None, NEIGHBORS, check=check)
   if threshold is None:
-    threshold = choose_threshold(found.similarity[:, 0])
+    threshold = choose_threshold(found.similarity)
   crowd = found.similarity[:, :neighbors.CROWD].mean(axis=1)
   count = max(1, int(_OUTLIERS * len(rows)))
   leaks = []
@@ -73,36 +75,40 @@ def examine(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | 
                   np.argsort(crowd, kind='stable')[:count], crowd, leaks)
 
 
-def choose_threshold(similarity: Float[np.ndarray, ' N']) -> float:
+def choose_threshold(similarity: Float[np.ndarray, 'N K']) -> float:
   """The cosine above which at most one pair in a hundred is expected by chance.
 
-  The distance of the nearest neighbor follows a Weibull distribution, F(r) = 1 - exp(-c r^d) with d
-  the dimension of the data, at small distances too unless there are duplicates. c and d come from
-  the quartiles.
+  Around a row of a set without duplicates, the number of others within a distance r is Poisson
+  with the mean c r^d: d is the dimension of the data, c their density there. d comes from the
+  ratio of the distances of the 10th neighbor and the 5th (Levina and Bickel, 2004), c from that of
+  the 10th, which are hardly ever duplicates. The sum of c r^d over the rows is expected by chance.
 
   Args:
-    similarity: [N] cosine of each row and its nearest other row.
+    similarity: [N, K] cosine of each row and its nearest other rows, most similar first; of more
+      than 10, the first 10 are used.
 
   Returns:
     A cosine of at least 0.5; 1 + 1e-6, above all, if nothing stands out.
   """
-  distance = np.sort(np.sqrt(np.maximum(2 - 2 * similarity.astype(np.float64), 1e-12)))
-  n, shares = len(distance), np.array([0.25, 0.75])
-  low, high = np.quantile(distance, shares)
-  if high <= low:
-    return 1.0 - 1e-6  # at least a quarter are identical
-  hazards = -np.log(1 - shares)
-  power = np.log(hazards[1] / hazards[0]) / np.log(high / low)
-  by_chance = n * hazards[0] * (distance / low) ** power
+  squared = 2 - 2 * similarity[:, :NEIGHBORS].astype(np.float64)
+  distances = np.sqrt(np.maximum(squared, _ROUNDING))
+  distance, (n, k) = np.sort(distances[:, 0]), distances.shape
+  middle, last = distances[:, (k - 1) // 2], distances[:, -1]
+  spread = np.log(last / middle).mean()
+  if spread <= 0:
+    return 1.0 - 1e-6  # all are identical, or there are only two
+  power = (special.digamma(k) - special.digamma((k + 1) // 2)) / spread
+  last = np.maximum(last, np.quantile(last, _CROWDED))
+  by_chance = distance ** power * (max(k - 1, 1) / last ** power).sum()
   observed = np.arange(1, n + 1)
   good = np.flatnonzero((by_chance <= _BY_CHANCE * observed)
                         & (distance <= np.sqrt(2 - 2 * _LEAST)))
   if not len(good):
     return 1.0 + 1e-6
   # Halfway, in logarithms, to where one by chance would be enough.
-  last = distance[good[-1]]
-  limit = low * (_BY_CHANCE * observed[good[-1]] / (n * hazards[0])) ** (1 / power)
-  r = np.sqrt(last * max(last, min(limit, np.sqrt(2 - 2 * _LEAST))))
+  farthest = distance[good[-1]]
+  limit = farthest * (_BY_CHANCE * observed[good[-1]] / by_chance[good[-1]]) ** (1 / power)
+  r = np.sqrt(farthest * min(limit, np.sqrt(2 - 2 * _LEAST)))
   return float(1 - r**2 / 2)
 
 

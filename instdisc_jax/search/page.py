@@ -261,7 +261,7 @@ def _search(rows, given, most, limits, check) -> _Found:
   base = neighbors.spread(total, limits.shown)
   all_shown = len(base) == total
   near = neighbors.search(rows[base], None, k, check=check)
-  threshold = audit.choose_threshold(near.similarity[:, 0])
+  threshold = audit.choose_threshold(near.similarity)
   chosen, of_queries, own = np.arange(0), None, neighbors.spread(total, most)
   if given is not None:
     first = neighbors.search(rows, given, 1, check=check).similarity[:, 0]

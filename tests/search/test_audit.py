@@ -28,6 +28,19 @@ def test_without_duplicates_there_is_no_group(inner, seed):
   assert found.groups == [] and found.leaks == [] and found.threshold > found.similarity.max()
 
 
+@pytest.mark.parametrize('noise', [0.0, 0.02])
+@pytest.mark.parametrize('copies', [10, 300, 700, 1000])
+def test_duplicates_are_found_however_many_there_are(copies, noise):
+  random = np.random.default_rng(copies)
+  unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype('f4')
+  first = unit(random.normal(size=(1000, 12)) @ random.normal(size=(12, 64)))
+  second = unit(first[:copies] + noise / 8 * random.normal(size=(copies, 64)))
+  groups = audit.examine(np.concatenate([first, second])).groups
+  together = [set(group) for group in groups]
+  assert all(any({i, 1000 + i} <= group for group in together) for i in range(copies))
+  assert sum(map(len, groups)) <= 2 * copies * 1.02  # by chance, at most one in a hundred
+
+
 def test_outliers_equal_brute_force():
   rows, _, _, _ = planted.draw(n=203)
   scores = rows.astype('f8') @ rows.T.astype('f8')
