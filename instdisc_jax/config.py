@@ -515,6 +515,16 @@ def resume(config: Config, stored: Mapping[str, Any]) -> Config:
   return config
 
 
+def with_schedule(config: Config, stored: Mapping[str, Any]) -> Config:
+  """A copy of `config` with the length and the schedule that a run of minutes was given."""
+  keys = ('steps', 'epochs', 'optimizer.milestones', 'optimizer.warmup_epochs',
+          'loss.neighbors_from_epoch')
+  taken = from_json(stored)
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict({key: flatten(taken)[key] for key in keys})
+  return config
+
+
 def _earlier(stored: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that a run by an earlier version lacks; {} for an import, which fixes few."""
   if 'seed' not in stored:

@@ -1,7 +1,6 @@
 """A run, from its configuration to its summary. This file only wires the parts together."""
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -72,8 +71,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     saved = checkpoints.latest_step()
     _check_end(workdir, saved, plan.end)
     progress = closing(metrics.Progress(saved or 0, plan.end))
-    if saved == plan.end and (workdir / summary_lib.FILE).exists():
-      summary = json.loads((workdir / summary_lib.FILE).read_text())
+    summary = summary_lib.read(workdir)
+    if saved == plan.end and summary is not None and summary['steps'] == saved:
       summary_lib.show(summary, workdir, progress.console)
       return summary
 
@@ -119,28 +118,29 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   timed = config.minutes is not None  # by the user
   config = config_lib.fill(config, num_rows, mesh_lib.on_cpu(mesh), stored)
   config = config_lib.resume(config, stored)
+  measured = config.minutes is not None and stored.get('minutes') == config.minutes
+  if measured:
+    config = config_lib.with_schedule(config, stored)
   if config.dataset.path == 'auto':
     config.dataset.path = stored.get('dataset.path') or feeds.choose_path(
-        config, num_rows, dataset.train.shape, mesh_lib.memory(mesh))
+        config, num_rows, dataset.train.shape, distributed.smallest(mesh_lib.memory(mesh)))
   setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   dataset = dataset.kept(setup.config.dataset.path)
-  if config.minutes is not None:
-    config = _timed(setup.config, stored, dataset, mesh, within_epochs=not timed)
+  if config.minutes is not None and not measured:
+    config = _timed(setup.config, dataset, mesh, within_epochs=not timed)
     setup = Setup.for_data(config, num_rows, dataset.train.shape, mesh)
   return setup, dataset
 
 
-def _timed(config, stored, dataset, mesh, within_epochs):
-  """The configuration with the steps that `config.minutes` allow, or those of the resumed run.
+def _timed(config, dataset, mesh, within_epochs):
+  """The configuration with the steps that `config.minutes` allow.
 
   `within_epochs`: at most those of its epochs.
   """
   num_rows = len(dataset.train)
-  steps = stored.get('steps') if stored.get('minutes') == config.minutes else None
-  if steps is None:
-    steps = budget.steps(config, dataset.train, mesh)
-    if within_epochs:
-      steps = min(steps, config.epochs * num_rows // config.batch_size)
+  steps = budget.steps(config, dataset.train, mesh)
+  if within_epochs:
+    steps = min(steps, config.epochs * num_rows // config.batch_size)
   epochs = max(1, math.ceil(steps * config.batch_size / num_rows))
   ratio = epochs / config.epochs
   config.update(steps=steps, epochs=epochs)

@@ -98,6 +98,15 @@ def test_a_finished_run_shows_its_summary_again(trained, capsys):
   assert after == before
 
 
+def test_the_summary_of_a_shorter_run_is_not_shown_for_a_longer_one(trained, tmp_path):
+  workdir, summary, config = trained
+  shutil.copytree(workdir, tmp_path / 'run')
+  shorter = json.dumps(summary | {'steps': 4, 'knn_top1': 0.0})
+  (tmp_path / 'run' / 'summary.json').write_text(shorter)  # as if the end had been stopped
+  again = experiment.run(config, tmp_path / 'run', jax.devices()[:1])
+  assert (again['steps'], again['knn_top1']) == (12, summary['knn_top1'])
+
+
 def test_a_lost_summary_is_written_again(trained, tmp_path):
   workdir, summary, config = trained
   shutil.copytree(workdir, tmp_path / 'run')

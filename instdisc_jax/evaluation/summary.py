@@ -75,6 +75,12 @@ def finish(workdir: files.Place, setup: Setup, dataset: data.Dataset, evaluator:
   return summary
 
 
+def read(workdir: files.Place) -> dict[str, Any] | None:
+  """The content of summary.json; None if there is none."""
+  path = workdir / FILE
+  return json.loads(path.read_text()) if path.exists() else None
+
+
 def measure_start(workdir: files.Place, evaluator: Evaluator, state: TrainState) -> str:
   """Measures what training has to improve on, writes start.json, and says it in a line.
 

@@ -53,6 +53,9 @@ def test_the_schedule_keeps_its_places_in_a_run_of_minutes(images, tmp_path, mon
   with pytest.raises(errors.Stopped):
     experiment.run(config, tmp_path / 'run', jax.devices()[:1], SignalAt(polls=1))
   settings, _ = workdir_lib.read(tmp_path / 'run')
+  with pytest.raises(errors.Stopped):  # resumed, and stopped again
+    experiment.run(config, tmp_path / 'run', jax.devices()[:1], SignalAt(polls=1))
+  assert workdir_lib.read(tmp_path / 'run')[0] == settings
   assert (settings['steps'], settings['epochs']) == (26, 7)
   assert settings['optimizer.milestones'] == [2, 5]
   assert settings['optimizer.warmup_epochs'] == pytest.approx(0.7)
@@ -75,3 +78,14 @@ def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(
   expected = experiment.run(config, tmp_path / 'other', devices)
   assert summary['steps'] == 10
   assert summary['params_digest'] == expected['params_digest']
+
+
+def test_a_run_whose_length_was_derived_is_resumed(images, tmp_path, monkeypatch):
+  monkeypatch.setattr(budget, 'steps', lambda *_: 10)
+  config = _config(None, images)
+  config.epochs = config.optimizer.milestones = None
+  for _ in range(2):
+    with pytest.raises(errors.Stopped):
+      experiment.run(config, tmp_path / 'run', jax.devices()[:1], SignalAt(polls=1))
+    settings, _ = workdir_lib.read(tmp_path / 'run')
+    assert (settings['minutes'], settings['steps'], settings['epochs']) == (60.0, 10, 3)
