@@ -183,7 +183,8 @@ def _pixels(opened, shrink):
       white = Image.new('RGBA', image.size, 'white')
       image = Image.alpha_composite(white, image)
     return np.asarray(image.convert('RGB'))
-  except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, TypeError) as e:
+  except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, TypeError,
+          RuntimeError) as e:
     raise UnreadableError(f'cannot be decoded ({e})') from None
 
 

@@ -135,12 +135,19 @@ def scan(root: str) -> dict[str, int]:
           name = f'{folder}/{entry.name}' if folder else entry.name
           if entry.name.startswith('.'):
             continue
-          if entry.is_dir():
+          if _is_folder(entry):
             (links if entry.is_symlink() else folders).append(name)
           elif entry.name.lower().endswith(_SUFFIXES):
             found[name] = entry.stat().st_size if os.path.exists(entry.path) else -1
       progress.update(task, completed=len(found))
   return found
+
+
+def _is_folder(entry):
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself
+    return False
 
 
 def read(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -40,7 +40,8 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
   Args:
     name: its name in TFDS, e.g. 'cifar10'.
     data_dir: where prepared data is stored; None for TFDS's own default.
-    held_out: the split to evaluate on; by default 'test', else 'validation', else none.
+    held_out: the split to evaluate on; by default 'test', else 'validation', else none. A split
+      whose labels are all -1, those of a contest, counts as none.
 
   Returns:
     (train, held_out, class_names): `Images`, `Images` or None, and the names or None.
@@ -60,7 +61,7 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
         f"dataset.validation is '{held_out}'",
         f'one of the splits {sorted(splits)} of tfds:{name}, or a share such as 0.1',
         setting='dataset.validation')
-  held_out = held_out or next((s for s in ('test', 'validation') if s in splits), None)
+  candidates = [held_out] if held_out else [s for s in ('test', 'validation') if s in splits]
   features: Any = builder.info.features
   if 'image' not in features or not isinstance(features['image'], tfds.features.Image):
     raise errors.UserError(f'tfds:{name} has the features {sorted(features)}',
@@ -69,10 +70,19 @@ def load(name: str, data_dir: str | None, held_out: str | None = None
   train = 'train'
   if _has_tags(features):
     names = features['labels'].feature.names
-    if held_out == 'test' and 'validation' in splits:
+    if candidates[:1] == ['test'] and 'validation' in splits:
       train = 'train+validation'
-  return (_open(builder, train), _open(builder, held_out) if held_out else None,
-          tuple(names) if names else None)
+  test = None
+  for split in candidates:
+    test = _open(builder, split)
+    if test.labels is None or (test.labels >= 0).any():
+      break
+    if held_out is not None:
+      raise errors.UserError(f"the split '{held_out}' of tfds:{name} has no labels",
+                             setting='dataset.validation', remedy='set <dataset.validation> to '
+                             'another split, or a share such as 0.1')
+    test = None  # its labels are kept secret
+  return _open(builder, train), test, tuple(names) if names else None
 
 
 def load_objects(name: str, data_dir: str | None) -> tuple[Any, Any, tuple[str, ...]]:

@@ -63,6 +63,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
   (root / 'a_link_within').symlink_to(root / 'b')  # sorts first, but the folder itself wins
   (root / 'b' / 'loop').symlink_to(root)
   (root / 'there').symlink_to(outside)
+  (root / 'itself').symlink_to(root / 'itself')
   (outside / 'back').symlink_to(root / 'b')
   assert list(sorted(folder.scan(root))) == ['b/1.png', 'there/2.png']
 

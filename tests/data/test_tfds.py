@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -148,6 +149,20 @@ def test_validation_names_a_split(prepared):
   assert len(_load('tfds:tiny', data_dir, validation='train').test) == 5
   with pytest.raises(errors.UserError, match="dataset.validation is 'val', must be one of"):
     _load('tfds:tiny', data_dir, validation='val')
+
+
+def test_a_split_whose_labels_are_secret_is_passed_over(prepared, monkeypatch):
+  data_dir, _ = prepared
+  opened = tfds_lib._open
+
+  def open_secret(builder, split):
+    images = opened(builder, split)
+    return dataclasses.replace(images, labels=images.labels * 0 - 1) if split == 'test' else images
+
+  monkeypatch.setattr(tfds_lib, '_open', open_secret)
+  assert _load('tfds:tiny', data_dir).test is None
+  with pytest.raises(errors.UserError, match="the split 'test' of tfds:tiny has no labels: set"):
+    _load('tfds:tiny', data_dir, validation='test')
 
 
 def test_a_failed_download_names_the_data_dir(monkeypatch, tmp_path):
