@@ -1,6 +1,7 @@
 """A contact sheet of training views: some images, with random views of each."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def _headings(width, places) -> UInt8[np.ndarray, 'heading W 3']:
 def _draw_views(images, chosen, config) -> UInt8[np.ndarray, 'n views side side 3']:
   """Views of each image as training draws them at the first 8 places of the chain of images."""
   index, place = np.repeat(chosen, _VIEWS), np.tile(np.arange(_VIEWS), len(chosen))
-  cropped = views.Crop.of(config, None)(images, place, index)
+  cropped = dataclasses.replace(views.Crop.of(config, None), views=1)(images, place, index)
   shown = copy.deepcopy(config)  # colors as they are, not normalized
   shown.augment.update(mean=(0.0,) * 3, std=(1.0,) * 3)
   key = views.key(config.seed, jnp.asarray(place, jnp.uint32), jnp.asarray(index, jnp.int32))

@@ -24,6 +24,8 @@ from instdisc_jax.search import neighbors, projection
 
 SUFFIXES = ('.npz', '.npy', '.parquet', '.faiss')
 _NEEDS = {'.parquet': ('pyarrow', 'pyarrow'), '.faiss': ('faiss', 'faiss-cpu')}  # module, package
+_WITH_TABLE = ('.npy', '.faiss')  # of what such a file does not hold
+_COLUMNS = ('path', 'index', 'label', 'prediction', 'confidence')
 _NEIGHBORS = 15  # of each image in a table, itself among them, as embedding-atlas has it
 
 
@@ -48,6 +50,13 @@ class Embedded:
 def check(output: pathlib.Path) -> None:
   """Raises `errors.UserError` if the file cannot be written in its format."""
   errors.check_output(output, SUFFIXES)
+  table = output.with_suffix('.csv')
+  if output.suffix in _WITH_TABLE and table.exists():
+    with table.open(errors='replace') as file:
+      if file.readline().rstrip('\n') != ','.join(_COLUMNS):
+        raise errors.UserError(
+            f"'{table}' exists, and '{output}' would replace it", setting='--output',
+            remedy='set <--output> to a file of another name')
   if output.suffix in _NEEDS:
     module, package = _NEEDS[output.suffix]
     try:
@@ -82,7 +91,7 @@ def write(output: pathlib.Path, found: Embedded, scratch: pathlib.Path,
       index = faiss.IndexFlatIP(found.embedding.shape[1])
       index.add(np.ascontiguousarray(found.embedding, np.float32))
       faiss.write_index(index, str(partial))
-  if output.suffix in ('.npy', '.faiss'):
+  if output.suffix in _WITH_TABLE:
     files.write(output.with_suffix('.csv'), _table(found))
   os.replace(partial, output)
 
@@ -91,7 +100,7 @@ def _table(found):
   """path, index, label and prediction of every row, as CSV."""
   text = io.StringIO()
   lines = csv.writer(text, lineterminator='\n')
-  lines.writerow(('path', 'index', 'label', 'prediction', 'confidence'))
+  lines.writerow(_COLUMNS)
   labels = found.label or [''] * len(found.path)
   for path, index, label in zip(found.path.tolist(), found.index.tolist(), labels):
     lines.writerow((path, index, label, *found.prediction.get(path, ('', ''))))

@@ -27,7 +27,9 @@ def test_a_row_for_each_image_with_eight_different_views(tmp_path, capsys):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'sheet.png']
 
 
-def test_a_single_image_is_enough(tmp_path):
+def test_a_single_image_is_enough_and_two_views_change_nothing(tmp_path):
   (tmp_path / 'images').mkdir()
   Image.new('RGB', (50, 40), 'red').save(tmp_path / 'images' / '1.png')
-  assert preview.main([f'--images={tmp_path / "images"}', f'--output={tmp_path / "a.png"}']) == 0
+  for more in ([], ['--config=configs/cifar10_plus.py']):
+    assert preview.main([f'--images={tmp_path / "images"}', f'--output={tmp_path / "a.png"}',
+                         *more]) == 0

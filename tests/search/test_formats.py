@@ -39,6 +39,17 @@ def test_numpy_files(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['e.csv', 'e.npy', 'e.npz']
 
 
+@pytest.mark.parametrize('suffix', ['.npy', '.faiss'])
+def test_a_table_of_something_else_is_not_replaced(tmp_path, suffix):
+  if suffix == '.faiss':
+    pytest.importorskip('faiss', reason='faiss is not installed')
+  (tmp_path / 'a.csv').write_text('path,label\n')
+  with pytest.raises(errors.UserError, match="a.csv' exists, and .* would replace it: set --out"):
+    formats.check(tmp_path / f'a{suffix}')
+  (tmp_path / 'a.csv').write_text(formats._table(_embedded()))
+  formats.check(tmp_path / f'a{suffix}')  # its own, of an earlier call
+
+
 def test_faiss_finds_the_neighbors(tmp_path):
   faiss = pytest.importorskip('faiss', reason='faiss is not installed')
   found = _embedded()
