@@ -150,8 +150,9 @@ def fit(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str], names: Seque
 
 
 def learning_curve(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str],
-                   temperature: float = 0.1, repeats: int = 5) -> list[tuple[int, float]]:
-  """[(number of labels, accuracy)]: with halves of the labels, as a forecast of more.
+                   method: str = 'knn', temperature: float = 0.1,
+                   repeats: int = 5) -> list[tuple[int, float]]:
+  """[(number of labels, accuracy)] of a method: with halves of the labels, as a forecast of more.
 
   For fewer labels than all, the mean over random choices, each tested on the labels left out.
   """
@@ -164,8 +165,11 @@ def learning_curve(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str],
     for _ in range(repeats):
       order = random.permutation(len(label))
       few, rest = order[:count], order[count:]
-      similarity, nearest = _nearest(embedding[rest], embedding[few], _KS[2])
-      scores = _vote(similarity, label[few][nearest], _KS[2], temperature, classes)
+      if method == 'linear':
+        scores = _linear_of_some(embedding[few], label[few], embedding[rest], classes)
+      else:
+        similarity, nearest = _nearest(embedding[rest], embedding[few], _KS[2])
+        scores = _vote(similarity, label[few][nearest], _KS[2], temperature, classes)
       found.append(np.mean(_decide(scores)[0] == label[rest]))
     points.append((count, float(np.mean(found))))
   return points
@@ -283,11 +287,16 @@ def _linear_left_out(embedding, label, classes):
   scores = np.zeros((len(label), classes))
   folds = model_selection.KFold(min(_FOLDS, len(label)), shuffle=True, random_state=0)
   for rest, left_out in folds.split(embedding):
-    present = np.unique(label[rest])
-    if len(present) == 1:
-      scores[left_out, present[0]] = 1
-      continue
-    number = np.searchsorted(present, label[rest])
-    weights = _linear(embedding[rest], number, len(present))
-    scores[np.ix_(left_out, present)] = _linear_scores(embedding[left_out], weights)
+    scores[left_out] = _linear_of_some(embedding[rest], label[rest], embedding[left_out], classes)
+  return scores
+
+
+def _linear_of_some(embedding, label, asked, classes):
+  """[Q, C] scores by a classifier of images that may lack some of the classes."""
+  scores, present = np.zeros((len(asked), classes)), np.unique(label)
+  if len(present) == 1:
+    scores[:, present] = 1
+  else:
+    weights = _linear(embedding, np.searchsorted(present, label), len(present))
+    scores[:, present] = _linear_scores(asked, weights)
   return scores

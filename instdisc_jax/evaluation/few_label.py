@@ -103,6 +103,7 @@ def measure(model: Any, starts: Mapping[str, Callable[[int], dict[str, Any]]], t
   tuner = Tuner(model.config, model.encoder, model.engine.mesh, size, num_classes, recipe,
                 model.engine.size)
   done: list[files.Place] = []
+  rows: list[dict[str, Any]] = []  # given when all are done, so that no stop repeats one
   total = len(recipe.shares) * len(starts) * len(recipe.seeds)
   for share in recipe.shares:
     for name, start in starts.items():
@@ -121,9 +122,10 @@ def measure(model: Any, starts: Mapping[str, Callable[[int], dict[str, Any]]], t
         done.append(place)
       mean, half = interval([top1 for top1, _ in found])
       top5 = float(np.mean([top5 for _, top5 in found])) if num_classes > 5 else None
-      yield {'labels': share, 'images': len(chosen), 'start': name, 'top1': mean, 'top5': top5,
-             'interval': half}
+      rows.append({'labels': share, 'images': len(chosen), 'start': name, 'top1': mean,
+                   'top5': top5, 'interval': half})
   supervised.forget(done)
+  yield from rows
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:

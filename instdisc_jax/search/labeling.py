@@ -111,7 +111,7 @@ def run(model: inference.Model, task: Task, output: pathlib.Path, method: str = 
   alike = classifier.fit(linalg.unit(pixels - pixels.mean(axis=0)), given, [''] * len(rows),
                          temperature=temperature)
   return Result(fitted, len(source), int(found.unknown.sum()), alike.accuracy,
-                classifier.learning_curve(features[rows], given, temperature), suggested)
+                classifier.learning_curve(features[rows], given, method, temperature), suggested)
 
 
 def suggestions(output: pathlib.Path) -> pathlib.Path:

@@ -123,5 +123,7 @@ def test_suggestions_are_new_and_reach_every_cluster():
 def test_more_labels_are_better():
   x, label = _clusters(classes=8, size=30, spread=0.45)
   names = [f'class {c}' for c in label]
-  (few, low), (more, high) = classifier.learning_curve(x, names)
-  assert (few, more) == (60, 120) and low < high < 1
+  curves = [classifier.learning_curve(x, names, method) for method in classifier.METHODS]
+  for (few, low), (more, high) in curves:
+    assert (few, more) == (60, 120) and low < high < 1
+  assert curves[0] != curves[1]
