@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise errors.UserError('--test needs --images', remedy='set <--images> to the folder to '
                              'compare with', setting='--images')
     with preemption.Watch() as watch:
-      model = inference.load(args.workdir, args.features)
+      model = inference.load(args.workdir, args.features, watch.check)
       images, test = _images(model, args)
       if len(images) < 2:
         raise errors.UserError(f'there is {len(images)} image to compare', 'two or more',

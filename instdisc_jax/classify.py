@@ -10,7 +10,7 @@ import sys
 
 from instdisc_jax import cli, inference
 from instdisc_jax.evaluation import classifier
-from instdisc_jax.runtime import errors
+from instdisc_jax.runtime import errors, preemption
 from instdisc_jax.search import labeling
 
 _FLAGS = {'dataset.on_unreadable': '--on_unreadable', 'dataset.name': '--images'}
@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise errors.UserError(f'--suggest is {args.suggest}', 'at least 0', setting='--suggest')
     task = labeling.prepare(pathlib.Path(args.labels), args.workdir, args.images,
                             args.on_unreadable)
-    found = labeling.run(inference.load(args.workdir, args.features), task, output, args.method,
-                         args.suggest)
+    with preemption.Watch() as watch:
+      model = inference.load(args.workdir, args.features, watch.check)
+      found = labeling.run(model, task, output, args.method, args.suggest)
     _show(found, output)
 
   return cli.run(command, _FLAGS)

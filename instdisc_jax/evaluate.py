@@ -31,12 +31,13 @@ def evaluate(workdir: str, chosen: list[str], dataset: str | None,
     errors.UserError: the run or the data are unsuitable.
     errors.Stopped: stopped by a signal.
   """
-  model, console = inference.load(workdir), rich_console.Console(highlight=False)
-  file = model.workdir / FILE
-  if isinstance(file, pathlib.Path) and not os.access(model.workdir, os.W_OK):
-    raise errors.UserError(f"'{workdir}' cannot be written", setting='--workdir',
-                           remedy='set <--workdir> to a copy of it')
   with preemption.Watch() as watch, tempfile.TemporaryDirectory() as scratch:
+    model = inference.load(workdir, check=watch.check)
+    console = rich_console.Console(highlight=False)
+    file = model.workdir / FILE
+    if isinstance(file, pathlib.Path) and not os.access(model.workdir, os.W_OK):
+      raise errors.UserError(f"'{workdir}' cannot be written", setting='--workdir',
+                             remedy='set <--workdir> to a copy of it')
     folder = pathlib.Path(scratch) if files.in_bucket(file) else model.workdir / 'features'
     sets = protocols.prepare(model, pathlib.Path(folder), chosen, dataset)
     sets = dataclasses.replace(sets, watch=watch, shares=shares)

@@ -1,6 +1,6 @@
 """A trained run as an object: embeddings, neighbors and classes of any images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -29,7 +29,8 @@ from instdisc_jax.training import state as state_lib
 FEATURES = (embedding.EMBEDDING, 'pooled', *reversed(embedding.STAGES[:-1]))
 
 
-def load(workdir: str | os.PathLike[str], features: str | None = None) -> 'Model':
+def load(workdir: str | os.PathLike[str], features: str | None = None,
+         check: Callable[[], None] = lambda: None) -> 'Model':
   """Opens the newest intact checkpoint of a workdir; the bank is read on demand.
 
   Args:
@@ -37,6 +38,7 @@ def load(workdir: str | os.PathLike[str], features: str | None = None) -> 'Model
       encoder, see `training.import_checkpoint`.
     features: what represents an image: 'embedding', 'pooled', or 'conv1' to 'conv5', of unit norm;
       by default the embedding or, of weights that were never trained here, 'pooled'.
+    check: called regularly while images are encoded; an exception that it raises ends the work.
 
   Returns:
     A `Model` on all devices.
@@ -46,15 +48,15 @@ def load(workdir: str | os.PathLike[str], features: str | None = None) -> 'Model
   """
   place = files.place(workdir)
   if not files.in_bucket(place) and place.is_file():
-    return _of_file(place, features)
-  return Model(workdir, _config(workdir), features)
+    return _of_file(place, features, check)
+  return Model(workdir, _config(workdir), features, check)
 
 
-def _of_file(file, features):
+def _of_file(file, features, check):
   """A `Model` with the weights of a file."""
   folder = tempfile.TemporaryDirectory(prefix='instdisc-')
   found, *_ = importing.import_checkpoint(file, folder.name)
-  model = Model(folder.name, _config(folder.name), features)
+  model = Model(folder.name, _config(folder.name), features, check)
   weakref.finalize(model, folder.cleanup)
   print(f'{file}: {found}; images are represented by {model.features}, of views of '
         f'{model.config.augment.size} pixels', file=sys.stderr)
@@ -77,6 +79,7 @@ class Model:
     workdir: the folder they come from.
     config: the run's configuration.
     features: see `load`.
+    check: likewise.
 
   Attributes:
     workdir: the folder, as a path.
@@ -91,7 +94,7 @@ class Model:
   """
 
   def __init__(self, workdir: str | os.PathLike[str], config: config_lib.Config,
-               features: str | None = None):
+               features: str | None = None, check: Callable[[], None] = lambda: None):
     self.workdir, self.config = files.place(workdir), config
     state = self._read('step', 'params', 'batch_stats')
     self.has_bank = 'bank' in state['fields']
@@ -106,7 +109,7 @@ class Model:
     self.variables = jax.tree.map(
         lambda x: mesh_lib.replicate(x, self.mesh),
         {'params': state['params'], 'batch_stats': state.get('batch_stats', {})})
-    self.engine = embedding.Engine(config, self.encoder, self.mesh)
+    self.engine = embedding.Engine(config, self.encoder, self.mesh, check=check)
 
   def _read(self, *names):
     return checkpoint.read(self.workdir / 'checkpoints', names)
@@ -219,19 +222,21 @@ class Model:
 
   @property
   def _cache(self) -> pathlib.Path | None:
-    """The folder of what the weights have computed, or None."""
-    return None if files.in_bucket(self.workdir) else pathlib.Path(self.workdir) / 'features'
+    """The folder of what the weights have computed; None in a bucket or a read-only folder."""
+    if files.in_bucket(self.workdir) or not os.access(self.workdir, os.W_OK):
+      return None
+    return pathlib.Path(self.workdir) / 'features'
 
   @property
   def maps(self) -> pathlib.Path | None:
-    """A folder for maps of the embeddings, which goes when the weights change; None in a bucket."""
+    """A folder for maps of the embeddings, which goes when the weights change; or None."""
     return self._cache and self._cache / f'{self.digest()[:16]}-maps'
 
   def fresh(self, images: data.Images) -> Float[np.ndarray, 'N D']:
     """The embeddings of the central views of many images.
 
-    They are computed once, and kept in the workdir under the digest of the weights unless the
-    workdir is a bucket.
+    They are computed once, and kept in the workdir under the digest of the weights, unless that is
+    a bucket or cannot be written.
 
     Raises:
       errors.UserError: an image cannot be read.

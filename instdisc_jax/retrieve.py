@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     queries = page.Queries(args.images, args.queries, args.on_unreadable)
     predictions = args.predictions and labeling.read_predictions(pathlib.Path(args.predictions))
     with preemption.Watch() as watch:
-      built = page.build(inference.load(args.workdir, args.features), output, watch, queries,
-                         predictions=predictions)
+      built = page.build(inference.load(args.workdir, args.features, watch.check), output,
+                         watch, queries, predictions=predictions)
     print(f'{output / "index.html"}: {built.queries} queries')
     if built.shown < built.searched:
       errors.warn(f'the page shows {built.shown:,} of {built.searched:,} images, evenly spread; '
