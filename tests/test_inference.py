@@ -6,7 +6,7 @@ from PIL import Image
 import pytest
 
 import instdisc_jax
-from instdisc_jax import data
+from instdisc_jax import data, inference
 from instdisc_jax.data import views
 from instdisc_jax.evaluation import evaluator as evaluator_lib
 from instdisc_jax.runtime import checkpoint, errors, preemption
@@ -130,3 +130,22 @@ def test_images_that_were_added_since_are_left_out_with_a_warning(trained_folder
   (tmp_path / 'images' / 'redless' / '04.jpg').unlink()
   with pytest.raises(errors.UserError, match="has changed since .* 1 removed"):
     assert instdisc_jax.load(tmp_path / 'run').dataset is None
+
+
+def test_a_stop_is_noticed_while_images_are_encoded(trained_folder):
+  def check():
+    raise errors.Stopped('stopped by SIGTERM')
+
+  images, workdir, _ = trained_folder
+  model = inference.load(workdir, check=check)
+  with pytest.raises(errors.Stopped):
+    model.embed(sorted(images.rglob('*.png'))[:3])
+
+
+def test_features_of_a_folder_that_cannot_be_written_are_not_kept(trained, tmp_path, monkeypatch):
+  shutil.copytree(trained[0], tmp_path / 'run')
+  monkeypatch.setattr(inference.os, 'access', lambda *_: False)
+  model = inference.load(tmp_path / 'run')
+  few = model.dataset.train.subset(np.arange(5), 'five')
+  assert model.fresh(few).shape == (5, 16) and model.maps is None
+  assert not (tmp_path / 'run' / 'features').exists()
