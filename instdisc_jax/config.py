@@ -159,8 +159,8 @@ SETTINGS = (
     Setting('loss.neighbors_from_epoch', 10.0, 'epoch from which neighbors are positives',
             _NON_NEGATIVE),
     Setting('loss.margin', 0.2, 'margin of triplet, in cosines', _within(0, 2)),
-    Setting('loss.mining', 'semi_hard', 'the negatives of triplet: the most similar row, the most '
-            'similar below the own row, or sampled rows',
+    Setting('loss.mining', 'semi_hard', 'negatives of triplet: the most similar row, the most '
+            "similar below the image's own, or sampled rows",
             _one_of('hardest', 'semi_hard', 'sampled')),
     Setting('loss.kernel', 'auto', 'how softmax passes over the bank: xla (anywhere), cudnn '
             '(NVIDIA, 16 bits), pallas (TPU), or auto', _one_of('auto', 'xla', 'cudnn', 'pallas'),
@@ -218,8 +218,8 @@ SETTINGS = (
 
     Setting('checkpoint.every_steps', 1000, 'checkpoint interval in steps', _at_least(1),
             changeable=True),
-    Setting('checkpoint.every_minutes', 5.0, 'age of the last checkpoint, in minutes, at which '
-            'another one is saved between its steps; 0: never', _NON_NEGATIVE, changeable=True),
+    Setting('checkpoint.every_minutes', 5.0, 'minutes since the last checkpoint after which one is '
+            'saved even before every_steps; 0: never', _NON_NEGATIVE, changeable=True),
     Setting('checkpoint.keep', 3, 'number of checkpoints to keep', _at_least(1), changeable=True),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}

@@ -48,8 +48,8 @@ def softmax_loss(features: Float[Array, 'B D'], bank: Float[Array, 'N D'],
       ∂loss_i = (Σ_j p_ij V_j - V_i) / τ
 
   One pass over the bank gives both sums. They need no running maximum while |V_j·v_i| / τ stays
-  below about 73, as is known for a temperature that is a Python number, and rows whose norm is
-  known: for unit vectors down to τ = 0.0137, for any bank of `bank.init` to 0.0237.
+  below about 73, which is known if τ is a Python number and the norms of the rows are bounded:
+  down to τ = 0.0137 for unit vectors, and 0.0237 for any bank from `bank.init`.
 
   Rows that are `near` an image are positives too, P_i of them with its own:
 
@@ -194,7 +194,7 @@ def nearest(features: Float[Array, 'B D'], bank: Float[Array, 'N D'], index: Int
     index: [B] int.
     count: K, at most N - 1.
     below_own: only rows less similar than the image's own, by more than rounding can account for:
-      with K = 1 the semi-hard negative of `triplet_loss` (Schroff et al., 2015), without it the
+      with K = 1 the semi-hard negative of `triplet_loss` (Schroff et al., 2015); if False, the
       hardest.
     axis_name: mesh axis, or None.
     num_rows: the true N where the bank is padded; needed with `axis_name`.

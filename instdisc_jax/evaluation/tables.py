@@ -97,7 +97,7 @@ TABLES: dict[str, Table] = {
         {f'D = {dim}': {'model.embedding_dim': dim} for dim in _DIMS},
         {'knn': dict(zip((f'D = {dim}' for dim in _DIMS), (0.340, 0.388, 0.410, 0.401)))},
         'The paper’s values are for ImageNet and ResNet-18, quoted from memory: compare their '
-        'order, not their height.'),
+        'order, not their size.'),
     'train_fraction': Table(
         {f'{share:.0%} of the images': {'dataset.limit': share} for share in _SHARES},
         {'knn': {}},
@@ -111,7 +111,7 @@ TABLES: dict[str, Table] = {
         'epoch.', curves=True),
     'recipe': Table(
         _recipe(), {'knn': {'published': 0.808}},
-        'Rows differ from that in what their titles say. The paper’s value is that of its Table 1: '
+        'Each row changes what its title says. The paper’s value is that of its Table 1: '
         'CIFAR-10, ResNet-18, 200 epochs. With an MLP head kNN on the pooled features is shown '
         'too. A step of two views costs twice as much.', costs=True),
 }
@@ -307,7 +307,7 @@ def ended(output: pathlib.Path, table: str, scale: str) -> Results:
 
 
 def _is_of(workdir, config):
-  """Whether a finished run is that of a row, not one of the table as another version had it."""
+  """Whether a finished run has its row's settings, which another version may have changed."""
   found = config_lib.from_json(workdir_lib.read(workdir)[0])
   compared = lambda config: {
       key: value for key, value in config_lib.flatten(config).items()

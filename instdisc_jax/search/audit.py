@@ -1,8 +1,8 @@
 """Duplicates, leaks and outliers among images, by their embeddings.
 
 The search is exact, over all rows and on all devices. Two images count as duplicates if their
-cosine reaches a threshold, which is chosen from the rows themselves unless it is given: where of
-the pairs above it at most one in a hundred would be there by chance.
+cosine reaches a threshold. Unless given, it is chosen from the rows themselves, so that at most
+one in a hundred of the pairs above it is expected by chance.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,15 +80,15 @@ def choose_threshold(similarity: Float[np.ndarray, 'N K']) -> float:
 
   Around a row of a set without duplicates, the number of others within a distance r is Poisson
   with the mean c r^d: d is the dimension of the data, c their density there. d comes from the
-  ratio of the distances of the 10th neighbor and the 5th (Levina and Bickel, 2004), c from that of
-  the 10th, which are hardly ever duplicates. The sum of c r^d over the rows is expected by chance.
+  ratio of the 10th neighbor's distance to the 5th's (Levina and Bickel, 2004), c from the 10th's;
+  10th neighbors are hardly ever duplicates. Summed over rows, c r^d is the count due to chance.
 
   Args:
     similarity: [N, K] cosine of each row and its nearest other rows, most similar first; of more
       than 10, the first 10 are used.
 
   Returns:
-    A cosine of at least 0.5; 1 + 1e-6, above all, if nothing stands out.
+    A cosine of at least 0.5; if nothing stands out, 1 + 1e-6 (no pairs).
   """
   squared = 2 - 2 * similarity[:, :NEIGHBORS].astype(np.float64)
   distances = np.sqrt(np.maximum(squared, _ROUNDING))

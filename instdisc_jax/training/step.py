@@ -111,8 +111,7 @@ def update(state: TrainState, inputs: tuple[Any, Int[Array, ' B'], Int[Array, '*
     inputs: (images [B, ...], whatever `encode` takes, or [B, 2, ...] for two views; index [B],
       their rows; noise_index [B, M] or [M], noise rows of the global batch, or None). With
       `axis_name`, the first two are local.
-    config: of which `loss`, `bank.momentum`, `batch_size` and `accumulate_steps`, which divides B,
-      are used.
+    config: uses `loss`, `bank.momentum`, `batch_size` and `accumulate_steps` (a divisor of B).
     encode: (params, batch_stats, images) -> (features [B, D] unit-norm, new batch_stats).
     optimizer: an optax transformation.
     num_rows: the true N.
