@@ -284,9 +284,9 @@ class Model:
     if self.labels is None:
       raise errors.UserError(f'{self.dataset.name} has no labels to classify with')
     similarity, row = self.neighbors(images, min(self.config.knn.neighbors, len(self.bank)))
-    scores = knn.vote(similarity, self.labels[row], self.config.knn.temperature,
-                      int(self.labels.max()) + 1)
-    return np.argmax(scores, axis=1)
+    classes, number = np.unique(self.labels, return_inverse=True)
+    scores = knn.vote(similarity, number[row], self.config.knn.temperature, len(classes))
+    return classes[np.argmax(scores, axis=1)]
 
   def fit_labels(self, labels: Mapping[str | os.PathLike[str], str],
                  method: str = 'knn') -> 'Labeled':

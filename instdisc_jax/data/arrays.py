@@ -9,7 +9,6 @@ import numpy as np
 from instdisc_jax.data import images as images_lib
 from instdisc_jax.runtime import errors
 
-_MOST_CLASSES = 100_000  # a vote has a score for each
 _REMEDY = 'set <dataset.name>=arrays:FILE.npz'
 
 
@@ -35,9 +34,6 @@ def load(path: str | os.PathLike[str]) -> tuple[images_lib.Images, images_lib.Im
       raise _error(_described(key, array, path), 'one integer per image')
     if array.min() < 0:
       raise _error(f"'{key}' in '{path}' holds {array.min()}", 'class numbers, 0 or above')
-    if array.max() >= _MOST_CLASSES:
-      raise _error(f"'{key}' in '{path}' holds {array.max()}",
-                   f'class numbers below {_MOST_CLASSES:,}')
   test = None
   if 'test_images' in arrays and arrays['test_images'].shape[1:] != arrays['images'].shape[1:]:
     raise _error(_described('test_images', arrays['test_images'], path),

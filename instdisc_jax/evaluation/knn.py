@@ -95,12 +95,12 @@ def top1_grid(similarity: Float[_AnyArray, 'Q K'], row: Int[_AnyArray, 'Q K'],
   Returns:
     {(K, τ): top-1}.
   """
-  neighbor_labels, num_classes = jnp.asarray(labels)[row], int(labels.max()) + 1
-  correct = {}
+  classes, number = np.unique(labels, return_inverse=True)  # some numbers may have no images
+  neighbor_labels, correct = jnp.asarray(number)[row], {}
   for k in ks:
     for temperature in temperatures:
-      scores = vote(similarity[:, :k], neighbor_labels[:, :k], temperature, num_classes)
-      correct[k, temperature] = float(np.mean(np.argmax(scores, axis=1) == query_labels))
+      scores = vote(similarity[:, :k], neighbor_labels[:, :k], temperature, len(classes))
+      correct[k, temperature] = float(np.mean(classes[np.argmax(scores, axis=1)] == query_labels))
   return correct
 
 

@@ -48,7 +48,6 @@ def test_the_fingerprint_depends_on_the_images(tmp_path):
     (dict(images=IMAGES, labels=np.arange(6) - 1),
      "'labels' .* holds -1, must be class numbers, 0 or above"),
     (dict(images=IMAGES, labels=np.ones(6)), "'labels' .* one integer per image"),
-    (dict(images=IMAGES, labels=np.arange(6) + 10**8), 'must be class numbers below 100,000'),
     (dict(images=IMAGES, test_images=IMAGES[:, :5]),
      r"'test_images' .* \[6, 5, 10, 3\], must be of the size of 'images', \[8, 10, 3\]"),
     (dict(images=IMAGES, test_labels=np.arange(6)), "'test_labels' .* one integer per image"),

@@ -93,3 +93,10 @@ def test_devices_exchange_what_does_not_grow_with_their_number():
     return sum(found.bytes for found in hlo.costs(compiled.as_text()).collectives)
 
   assert received(8) <= received(2) <= 2 * 640 * 50 * 8
+
+
+def test_class_numbers_may_have_gaps():
+  similarity, row = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.1]]), np.array([[0, 1, 2], [2, 1, 0]])
+  labels = np.array([7, 10**9, 10**9 + 5])
+  assert knn.top1(similarity, row, labels, np.array([7, 10**9 + 5]), 0.1) == 1
+  assert knn.top1(similarity, row, labels, np.array([3, 10**9]), 0.1) == 0
