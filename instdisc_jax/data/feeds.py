@@ -300,5 +300,6 @@ class _Guarded:
 def _prepare_worker(worker, num_workers):
   import cv2
 
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+  for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the main process handles them
+    signal.signal(ignored, signal.SIG_IGN)
   cv2.setNumThreads(1)

@@ -62,6 +62,8 @@ class Watch:
       if byte[0] not in _SIGNALS:
         continue
       if self.signal is not None:
+        if byte[0] == signal.SIGHUP:  # a terminal that closes sends two
+          continue
         os._exit(128 + byte[0])
       self.signal = signal.Signals(byte[0]).name
       print(f'{self.signal}: saving and stopping; a second signal exits immediately',

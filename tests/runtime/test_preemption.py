@@ -15,8 +15,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 def command():
   with preemption.Watch() as watch:
     watch.check()
-    os.kill(os.getpid(), signal.{name})
-    while watch.signal is None: time.sleep(0.01)
+    for _ in range(2 if signal.{name} == signal.SIGHUP else 1):  # a terminal that closes sends two
+      os.kill(os.getpid(), signal.{name})
+      while watch.signal is None: time.sleep(0.01)
+    time.sleep(0.1)
     watch.check()
 sys.exit(errors.exit_code(command))
 '''
