@@ -70,6 +70,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
     checkpoints.move_damaged_aside()
     saved = checkpoints.latest_step()
     _check_end(workdir, saved, plan.end)
+    workdir_lib.update(workdir, settings, dataset.train.fingerprint)
     progress = closing(metrics.Progress(saved or 0, plan.end))
     summary = summary_lib.read(workdir)
     if saved == plan.end and summary is not None and summary['steps'] == saved:
@@ -113,6 +114,11 @@ def _prepare(config: config_lib.Config, workdir: files.Place,
   config_lib.validate(config)
   tracker.module(config.tracker)
   dataset = data.load(config.dataset, config.seed, workdir)
+  for images in (dataset.train, dataset.test):
+    if not distributed.same('' if images is None else images.fingerprint):
+      raise errors.UserError(f'{dataset.name} does not hold the same images for all processes',
+                             remedy='set <dataset.name> to data that they share, or equal copies',
+                             setting='dataset.name')
   num_rows = len(dataset.train)
   stored = workdir_lib.read(workdir)[0] if (workdir / workdir_lib.CONFIG).exists() else {}
   timed = config.minutes is not None  # by the user

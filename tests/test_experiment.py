@@ -118,12 +118,13 @@ def test_a_lost_summary_is_written_again(trained, tmp_path):
       k: v for k, v in summary.items() if k not in measured}
 
 
-def test_fewer_steps_than_taken_is_an_error(trained):
+def test_fewer_steps_than_taken_is_an_error_and_changes_no_file(trained):
   workdir, _, config = trained
-  config = config.copy_and_resolve_references()
+  config, before = config.copy_and_resolve_references(), (workdir / 'config.json').read_text()
   config.steps = 3
   with pytest.raises(errors.UserError, match='is at step 12, past the 3 steps asked for'):
     experiment.run(config, workdir, jax.devices()[:1])
+  assert (workdir / 'config.json').read_text() == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Processes that work as one, each with its own devices."""
 
 from collections.abc import Callable
+import hashlib
 import os
 import sys
 from typing import Any
@@ -80,6 +81,12 @@ def smallest(mine: float) -> float:
   if jax.process_count() == 1:
     return mine
   return float(multihost_utils.process_allgather(np.float32(mine)).min())
+
+
+def same(text: str) -> bool:
+  """Whether all processes have the same text; all processes must call this."""
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  return everywhere(bool(np.array_equal(agree(digest), digest)))
 
 
 def everywhere(mine: bool) -> bool:

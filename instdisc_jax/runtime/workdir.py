@@ -42,12 +42,24 @@ def claim(workdir: str | os.PathLike[str], settings: Mapping[str, Any],
           stack.enter_context(_locked(workdir))
         if (workdir / CONFIG).exists():
           _check_same_run(workdir, settings, changeable, fingerprint)
-        write(workdir, settings, fingerprint)
+        else:
+          write(workdir, settings, fingerprint)
       except OSError as e:
         raise errors.cannot_write(workdir, e, '--workdir') from e
 
     distributed.first_only(enter)
     yield
+
+
+def update(workdir: files.Place, settings: Mapping[str, Any], fingerprint: str | None) -> None:
+  """Stores the settings that have changed since the run began; every process must call it."""
+  def store():
+    try:
+      write(workdir, settings, fingerprint)
+    except OSError as e:
+      raise errors.cannot_write(workdir, e, '--workdir') from e
+
+  distributed.first_only(store)
 
 
 def read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], str | None]:

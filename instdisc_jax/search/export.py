@@ -8,7 +8,6 @@ Until the file is complete, its parts are in a folder beside it:
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -80,8 +79,7 @@ def write(model: inference.Model, images: str, output: pathlib.Path, watch: pree
 
 def _check_same(source, images):
   """All processes must see the same images, or they would wait for each other forever."""
-  digest = np.frombuffer(hashlib.sha256(source.fingerprint.encode()).digest(), np.uint8)
-  if not distributed.everywhere(bool(np.array_equal(distributed.agree(digest), digest))):
+  if not distributed.same(source.fingerprint):
     raise errors.UserError(f"'{images}' does not hold the same images for all processes",
                            remedy='set <--images> to a folder that they share', setting='--images')
 

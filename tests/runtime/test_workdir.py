@@ -18,9 +18,10 @@ def _settings(**changes):
 
 
 def claim(folder, fingerprint='data', **changes):
-  """Claims a folder and leaves it immediately."""
-  with workdir.claim(folder, *_settings(**changes), fingerprint):
-    pass
+  """Claims a folder, stores the settings, and leaves it."""
+  settings, changeable = _settings(**changes)
+  with workdir.claim(folder, settings, changeable, fingerprint):
+    workdir.update(folder, settings, fingerprint)
 
 
 def test_the_same_run_may_be_resumed_and_extended(tmp_path):
