@@ -15,6 +15,8 @@ import json
 import pathlib
 import sys
 
+import jax.numpy as jnp
+
 from instdisc_jax import cli, inference, linalg
 from instdisc_jax import config as config_lib
 from instdisc_jax.data import views
@@ -78,10 +80,12 @@ def _as_onnx(model) -> bytes:
   """[B, side, side, 3] uint8 central views -> embedding [B, D] and pooled [B, F], of unit norm."""
   safe_pickle.import_optional('onnx', '--to')
   side = _side(model)
+  wide = jnp.promote_types(model.config.model.dtype, jnp.float32)  # ONNX has no bfloat16 kernels
+  encoder = model.encoder.clone(dtype=wide)
 
   def encode(images):
     x = views.central(model.config, images, None)
-    embedding, shown = model.encoder.apply(model.variables, x, train=False, mutable=['stages'])
+    embedding, shown = encoder.apply(model.variables, x, train=False, mutable=['stages'])
     return {'embedding': embedding, 'pooled': linalg.normalize(shown['stages']['pooled_output'])}
 
   return onnx.export(encode, (side, side, 3), {

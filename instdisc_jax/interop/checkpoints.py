@@ -229,7 +229,7 @@ def _find_bank(saved, weights, file):
 def _find_momentum(saved, weights):
   """{key: SGD's momentum buffer} of a published checkpoint, empty if it has none."""
   optimizer = saved.get('optimizer')
-  if not isinstance(optimizer, dict):
+  if not isinstance(optimizer, dict) or not {'param_groups', 'state'} <= optimizer.keys():
     return {}
   trained = [key for key in weights
              if not re.search(f'{layouts.COUNTER}$|running_(mean|var)$', key)]

@@ -31,9 +31,9 @@ def dumps(weights: Mapping[str, np.ndarray], model_name: str) -> bytes:
   Raises:
     errors.UserError: detectron2 does not build this encoder.
   """
-  width = len(weights['conv1.weight'])
+  width = len(weights.get('conv1.weight', ()))
   if model_name not in _KNOWN or width != 64:
-    raise errors.UserError(f'the encoder is {model_name} of width {width}',
+    raise errors.UserError(f'the encoder is {model_name}' + (f' of width {width}' if width else ''),
                            f'one that detectron2 builds, of width 64: {", ".join(_KNOWN)}',
                            'set <--to> to a .pth or .safetensors file', '--to')
   renamed = {}

@@ -56,3 +56,5 @@ def test_other_encoders_are_refused(name, width):
   with pytest.raises(errors.UserError,
                      match=f'the encoder is {name} of width {width}, must be one that detectron2'):
     detectron2.dumps(_weights(name, width), name)
+  with pytest.raises(errors.UserError, match='the encoder is alexnet, must be one that detectron2'):
+    detectron2.dumps({'features.0.weight': np.zeros((64, 3, 11, 11))}, 'alexnet')

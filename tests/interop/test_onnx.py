@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import instdisc_jax
 from instdisc_jax import config as config_lib
 from instdisc_jax import convert, models
 from instdisc_jax.interop import onnx
+from instdisc_jax.runtime import workdir
 
 SIDE = 64
 QUICK = ('resnet10', 'resnet10_cifar', 'alexnet')
@@ -56,6 +58,17 @@ def test_a_run_as_onnx_gives_the_embeddings_of_the_run(trained, tmp_path):
   np.testing.assert_allclose(pooled, expected, atol=2e-6)
   kept = session.get_modelmeta().custom_metadata_map
   assert kept['model'] == model.config.model.name and kept['step'] == str(model.step)
+
+
+def test_a_bfloat16_run_is_written_in_float32(trained, tmp_path):
+  shutil.copytree(trained[0], tmp_path / 'run')
+  settings, fingerprint = workdir.read(tmp_path / 'run')
+  workdir.write(tmp_path / 'run', settings | {'model.dtype': 'bfloat16'}, fingerprint)
+  assert convert.main([f'--workdir={tmp_path / "run"}', f'--to={tmp_path / "a.onnx"}']) == 0
+  images = instdisc_jax.load(trained[0]).dataset.train.files[:3]
+  session = onnxruntime.InferenceSession(str(tmp_path / 'a.onnx'))
+  embedding, = session.run(['embedding'], {'images': images})
+  np.testing.assert_allclose(embedding, instdisc_jax.load(trained[0]).embed(images), atol=2e-6)
 
 
 def test_without_the_package_one_line_says_how_to_install_it(trained, tmp_path):
