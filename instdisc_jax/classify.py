@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     output = pathlib.Path(args.output)
     errors.check_output(output, ('.csv',))
-    if output.exists():
+    if output.exists() and not labeling.is_predictions(output):
       raise errors.UserError(f"'{output}' exists", remedy='set <--output> to a new file',
                              setting='--output')
     if args.suggest < 0:

@@ -4,6 +4,7 @@ import argparse
 import ast
 from collections.abc import Callable, Mapping, Sequence
 import difflib
+import io
 import logging
 import os
 import re
@@ -131,6 +132,9 @@ def run(command: Callable[[], int | None], flags: Mapping[str, str] | None = Non
   Returns:
     The exit code, see `errors.exit_code`.
   """
+  for stream in (sys.stdout, sys.stderr):  # on a terminal that lacks τ, \u03c4 is better than none
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax and TFDS log everything they do
   checkpoint.quiet_threads()
   return errors.exit_code(command, flags)

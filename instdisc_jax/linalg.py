@@ -60,7 +60,7 @@ def in_chunks(fn: Callable, inputs: Any, chunk: int) -> Any:
   """
   total = jax.tree.leaves(inputs)[0].shape[0]
   count = -(-total // chunk)
-  if count == 1:
+  if count <= 1:
     return fn(inputs)
   size = -(-total // count)  # even chunks, and less padding
   fill = lambda x: jnp.pad(x, [(0, count * size - total)] + [(0, 0)] * (x.ndim - 1))

@@ -132,6 +132,12 @@ def test_images_that_were_added_since_are_left_out_with_a_warning(trained_folder
     assert instdisc_jax.load(tmp_path / 'run').dataset is None
 
 
+def test_of_no_images_there_is_nothing(trained):
+  model = instdisc_jax.load(trained[0])
+  similarity, row = model.neighbors([], k=3)
+  assert similarity.shape == row.shape == (0, 3) and model.classify([]).shape == (0,)
+
+
 def test_a_stop_is_noticed_while_images_are_encoded(trained_folder):
   def check():
     raise errors.Stopped('stopped by SIGTERM')

@@ -113,8 +113,9 @@ def _write_parquet(file, found, maps):
   count, dim = found.embedding.shape
   flat = pyarrow.array(np.ascontiguousarray(found.embedding, np.float32).ravel())
   paths = found.path.tolist()
+  shown = [os.fsencode(path).decode(errors='backslashreplace') for path in paths]
   predicted = [found.prediction.get(path, (None, None)) for path in paths]
-  columns = {'path': paths, 'index': found.index,
+  columns = {'path': shown, 'index': found.index,
              'label': found.label or pyarrow.nulls(count, pyarrow.string()),
              'prediction': pyarrow.array([label for label, _ in predicted], pyarrow.string()),
              'confidence': pyarrow.array([value for _, value in predicted], pyarrow.float32()),

@@ -137,7 +137,9 @@ def read(file: pathlib.Path, names: Sequence[str],
   """
   index, label = {name: i for i, name in enumerate(names)}, {}
   for line, (path, text) in _lines(file):
-    name = os.path.relpath(path, root).replace(os.sep, '/') if os.path.isabs(path) else path
+    name = next((name for name in (path, path.strip()) if name in index), path.strip())
+    if os.path.isabs(name):
+      name = os.path.relpath(name, root).replace(os.sep, '/')
     if name not in index:
       raise errors.UserError(f"line {line} of '{file}' names '{path}'",
                              f"one of the {len(names)} images in '{root}'", setting='--labels',
@@ -155,6 +157,15 @@ def read(file: pathlib.Path, names: Sequence[str],
   return np.array(rows, np.int32), [label[i] for i in rows]
 
 
+def is_predictions(file: pathlib.Path) -> bool:
+  """Whether `classify` wrote a file, which it may then replace."""
+  try:
+    with open(file, encoding='utf-8', errors='replace') as lines:
+      return lines.readline().rstrip('\n') == ','.join(COLUMNS)
+  except OSError:
+    return False
+
+
 def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:
   """{path: (label, confidence)}, as `classify` wrote it.
 
@@ -163,7 +174,7 @@ def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:
   """
   remedy, setting = 'set <--predictions> to a file that classify wrote', '--predictions'
   try:
-    with open(file, newline='', encoding='utf-8') as lines:
+    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as lines:
       reader = csv.DictReader(lines)
       missing = {'path', 'label', 'confidence'}.difference(reader.fieldnames or ())
       found = {} if missing else {row['path']: (row['label'], float(row['confidence']))
@@ -190,7 +201,8 @@ def _lines(file):
   try:
     with open(file, newline='', encoding='utf-8-sig') as lines:
       reader = csv.reader(lines)
-      rows = [(reader.line_num, [value.strip() for value in row]) for row in reader if row]
+      rows = [(reader.line_num, [*row[:1], *(value.strip() for value in row[1:])])
+              for row in reader if row]
   except (OSError, ValueError, csv.Error) as e:
     raise errors.UserError(f"'{file}' cannot be read ({errors.reason(e)})", None,
                            'set <--labels> to a CSV file of path,label in UTF-8',
@@ -200,7 +212,7 @@ def _lines(file):
       raise errors.UserError(f"line {number} of '{file}' has {len(row)} value"
                              + ('' if len(row) == 1 else 's'), 'path,label',
                              'correct or remove it', '--labels')
-    if (number, row) != (1, ['path', 'label']):
+    if (number, row[0].strip(), row[1]) != (1, 'path', 'label'):
       yield number, row
 
 

@@ -31,6 +31,7 @@ from instdisc_jax.search import audit, labeling, neighbors, projection
 STATIC = pathlib.Path(__file__).with_name('static')
 MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
 _FILES = {'data.js', 'images', 'pictures', *(file.name for file in STATIC.iterdir())}  # or had
+_MOST_CLASSES = 1_000_000  # the page names each
 _SIDE = 128  # longer side of a thumbnail, in pixels
 _LOSSLESS_SIDE = 64  # thumbnails up to this side are lossless
 
@@ -229,6 +230,10 @@ def _class_names(model):
     return None
   labels = [source.labels.max() for source in (model.dataset.train, model.dataset.test)
             if source is not None and source.labels is not None]
+  if max(labels) >= _MOST_CLASSES:
+    raise errors.UserError(f'{model.dataset.name} has the class number {max(labels)}',
+                           f'numbers below {_MOST_CLASSES:,} on a page', setting='dataset.name',
+                           remedy='set other numbers in the data, from 0 on')
   return [str(c) for c in range(int(max(labels)) + 1)]
 
 
@@ -301,7 +306,8 @@ def _content(searched, asked, found, place, sources) -> dict[str, Any]:
             for source in sources]
   x, y = place.round(4).T.tolist()
   return {
-      'id': hashlib.sha256(searched.title.partition(',')[0].encode()).hexdigest()[:16],
+      'id': hashlib.sha256(searched.title.partition(',')[0].encode(
+          errors='surrogateescape')).hexdigest()[:16],
       'title': searched.title, 'queried': asked.title,
       'rows': len(searched.images), 'trained': len(found.shown), 'exact': found.exact,
       'files': searched.images.names is not None,

@@ -56,8 +56,8 @@ def project(embedding: Float[np.ndarray, 'N D'], seed: int = 0) -> Float[np.ndar
     seed: of the random numbers.
   """
   count = len(embedding)
-  if count == 1:
-    return np.zeros((1, 2), np.float32)
+  if (embedding == embedding[:1]).all():
+    return np.zeros((count, 2), np.float32)
   if count <= _FEW:
     place = _components(embedding, 2, seed)
   elif _has_umap():

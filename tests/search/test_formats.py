@@ -187,6 +187,7 @@ def test_a_map_has_a_place_for_every_image(n):
 def test_a_map_is_computed_once(tmp_path, monkeypatch):
   embedding = _embedded().embedding
   first = projection.project_once(embedding, 0, tmp_path / 'maps')
+  assert (projection.project(np.eye(1, 32).repeat(40, axis=0)) == 0).all()  # identical images
   np.testing.assert_array_equal(first, projection.project(embedding, 0))
   monkeypatch.setattr(projection, 'project', lambda embedding, seed: np.full((60, 2), seed))
   np.testing.assert_array_equal(projection.project_once(embedding, 0, tmp_path / 'maps'), first)

@@ -1,4 +1,5 @@
 import csv
+import os
 import pathlib
 import re
 
@@ -116,3 +117,13 @@ def test_absolute_paths_and_repeated_lines_are_accepted(tmp_path):
   (tmp_path / 'l.csv').write_text('\ufeffpath,label\n/images/b/c.png, dog \nb/c.png,dog\n', 'utf8')
   rows, labels = labeling.read(tmp_path / 'l.csv', ['a.png', 'b/c.png'], '/images')
   assert rows.tolist() == [1] and labels == ['dog']
+
+
+def test_a_name_may_begin_with_a_space_and_be_no_utf_8(tmp_path):
+  names = [' a.png', os.fsdecode(b'x\xe9.png')]
+  file = tmp_path / 'labels.csv'
+  file.write_text('path,label\n" a.png", cat\n')
+  rows, labels = labeling.read(file, names, str(tmp_path))
+  assert (rows.tolist(), labels) == ([0], ['cat'])
+  file.write_bytes(b'path,label,confidence\nx\xe9.png,dog,0.5\n')
+  assert labeling.read_predictions(file) == {names[1]: ('dog', 0.5)}
