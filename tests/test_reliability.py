@@ -62,6 +62,39 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(uninterrupted, 
   assert soak_kill.outcome(tmp_path / 'run') == expected
 
 
+def _descendants(pid):
+  threads = pathlib.Path(f'/proc/{pid}/task').glob('*/children')
+  children = [child for thread in threads for child in thread.read_text().split()]
+  return [*children, *(p for child in children for p in _descendants(child))]
+
+
+@pytest.mark.parametrize('end', ['killed', 'its group stopped'])
+def test_a_run_whose_images_are_read_by_other_processes_ends_with_them(tmp_path, end):
+  write_images(tmp_path / 'images')
+  workdir = tmp_path / 'run'
+  with open(f'{workdir}.log', 'a') as log:
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'instdisc_jax.main', '--config=configs/folder.py',
+         f'--workdir={workdir}', f'--config.dataset.name=folder:{tmp_path / "images"}',
+         '--config.dataset.path=stream', '--config.dataset.workers=1', '--config.batch_size=8',
+         '--config.model.width=2', '--config.epochs=1000', '--config.log_every_steps=1'],
+        cwd=soak_kill.ROOT, env=soak_kill.environment(), stdout=log, stderr=log,
+        start_new_session=True)
+  _wait_for_step(workdir, 4, process)
+  readers = _descendants(process.pid)
+  assert readers
+  if end == 'killed':
+    process.kill()
+    process.wait()
+  else:
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75 and 'which is saved' in _log(workdir)
+  limit = time.monotonic() + 30
+  while any(pathlib.Path(f'/proc/{reader}').exists() for reader in readers):
+    assert time.monotonic() < limit
+    time.sleep(0.1)
+
+
 def test_a_second_run_in_the_same_folder_names_the_first(uninterrupted, tmp_path):
   _, expected = uninterrupted
   first = soak_kill.start(tmp_path / 'run')

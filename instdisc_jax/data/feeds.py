@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import signal
+import threading
 from typing import Any, TypeAlias
 
 from absl import flags
@@ -302,4 +304,13 @@ def _prepare_worker(worker, num_workers):
 
   for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the main process handles them
     signal.signal(ignored, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   cv2.setNumThreads(1)
+
+
+def _end_with_parent():
+  """Ends a worker whose main process was killed."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+    os._exit(1)
