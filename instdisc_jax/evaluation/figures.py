@@ -91,7 +91,7 @@ def neighbors(dataset: data.Dataset, query_images: data.Images,
           same = label == labels[0]
           words[0] = ('✓ ' if same else '✗ ') + words[0]
           color, width = '#2ca02c' if same else '#d62728', 2.0
-      axes.text(x, top - 0.04, ' '.join(words), fontsize=7, color=color, ha='center')
+      axes.text(x, top - 0.04, ' '.join(words), fontsize=6, color=color, ha='center')
       axes.add_patch(patches.Rectangle((left, top), right - left, bottom - top, fill=False,
                                        color=color, linewidth=width))
   axes.set(xlim=(-0.54, 1.08 * shown + apart + 0.54), ylim=(height * len(queries) - 0.5, -0.8))
