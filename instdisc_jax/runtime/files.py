@@ -1,6 +1,6 @@
 """The files of a run, in a folder or in a bucket (gs://...): the same calls for both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import logging
 import os
@@ -107,3 +107,12 @@ def write(path: Place, content: str | bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def is_table(file: pathlib.Path, columns: Sequence[str]) -> bool:
+  """Whether a file is a CSV table with exactly these columns, by its first line."""
+  try:
+    with file.open(encoding='utf-8', errors='replace') as lines:
+      return lines.readline().rstrip('\n') == ','.join(columns)
+  except OSError:
+    return False

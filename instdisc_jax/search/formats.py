@@ -51,12 +51,10 @@ def check(output: pathlib.Path) -> None:
   """Raises `errors.UserError` if the file cannot be written in its format."""
   errors.check_output(output, SUFFIXES)
   table = output.with_suffix('.csv')
-  if output.suffix in _WITH_TABLE and table.exists():
-    with table.open(errors='replace') as file:
-      if file.readline().rstrip('\n') != ','.join(_COLUMNS):
-        raise errors.UserError(
-            f"'{table}' exists, and '{output}' would replace it", setting='--output',
-            remedy='set <--output> to a file of another name')
+  if output.suffix in _WITH_TABLE and table.exists() and not files.is_table(table, _COLUMNS):
+    raise errors.UserError(
+        f"'{table}' exists, and '{output}' would replace it", setting='--output',
+        remedy='set <--output> to a file of another name')
   if output.suffix in _NEEDS:
     module, package = _NEEDS[output.suffix]
     try:

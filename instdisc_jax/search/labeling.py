@@ -159,11 +159,7 @@ def read(file: pathlib.Path, names: Sequence[str],
 
 def is_predictions(file: pathlib.Path) -> bool:
   """Whether `classify` wrote a file, which it may then replace."""
-  try:
-    with open(file, encoding='utf-8', errors='replace') as lines:
-      return lines.readline().rstrip('\n') == ','.join(COLUMNS)
-  except OSError:
-    return False
+  return files.is_table(file, COLUMNS)
 
 
 def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:

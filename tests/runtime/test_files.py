@@ -104,3 +104,10 @@ def test_an_unreachable_bucket_is_an_error_of_one_line():
 def test_the_missing_package_of_a_bucket_is_named():
   with pytest.raises(errors.UserError, match='needs a package that is not installed .*s3fs'):
     files.place('s3://bucket/run')
+
+
+def test_a_table_is_known_by_its_columns(tmp_path):
+  (tmp_path / 'a.csv').write_text('path,label\n1,2\n')
+  assert files.is_table(tmp_path / 'a.csv', ('path', 'label'))
+  assert not files.is_table(tmp_path / 'a.csv', ('path',))
+  assert not files.is_table(tmp_path, ('path',)) and not files.is_table(tmp_path / 'b', ('path',))
