@@ -409,6 +409,7 @@ def _draw_curves(axes, results):
     mean = np.mean([run['curve'] for run in by_seed.values()], axis=0)
     axes.plot(np.arange(1, len(mean) + 1), mean, color=colormaps['viridis'](color), label=title)
   axes.set(xlabel='epoch', title='loss without the proximal term')
+  axes.xaxis.get_major_locator().set_params(integer=True)
   axes.spines[['top', 'right']].set_visible(False)
   axes.legend(fontsize=8)
 

@@ -86,10 +86,12 @@ class _Searched:
 
   Attributes:
     title: a description of them.
+    place: where they lie; labels given on a page are kept under it.
     images: N images.
     class_names: the names of their classes, or None.
   """
   title: str
+  place: str
   images: images_lib.Images
   class_names: Sequence[str] | None
 
@@ -193,15 +195,16 @@ def _open(queries, model) -> tuple[_Searched, _Asked]:
   """The images to search, and the queries."""
   if not model.was_trained and queries.folder is not None:
     images, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
-    return (_Searched(f'images in {queries.folder}', images, names),
-            _Asked('all images'))
+    searched = _Searched(f'images in {queries.folder}', _absolute(queries.folder), images, names)
+    return searched, _Asked('all images')
   try:
     dataset = model.dataset
   except errors.UserError as e:
     if e.setting != 'dataset.name':
       raise
     raise e.with_remedy('restore the images that the run was trained on') from e
-  searched = _Searched(f'{dataset.name}, step {model.step:,}', dataset.train, _class_names(model))
+  searched = _Searched(f'{dataset.name}, step {model.step:,}',
+                       _absolute(dataset.name.partition(':')[2]), dataset.train, _class_names(model))
   if queries.folder is not None:
     given, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
     given = dataclasses.replace(given, labels=_run_labels(given.labels, names, searched.class_names,
@@ -212,6 +215,10 @@ def _open(queries, model) -> tuple[_Searched, _Asked]:
   else:
     return searched, _Asked('training images')
   return searched, _Asked(title, given)
+
+
+def _absolute(path):
+  return os.path.abspath(os.path.expanduser(path))
 
 
 def _run_labels(labels, names, class_names, n):
@@ -306,8 +313,7 @@ def _content(searched, asked, found, place, sources) -> dict[str, Any]:
             for source in sources]
   x, y = place.round(4).T.tolist()
   return {
-      'id': hashlib.sha256(searched.title.partition(',')[0].encode(
-          errors='surrogateescape')).hexdigest()[:16],
+      'id': hashlib.sha256(os.fsencode(searched.place)).hexdigest()[:16],
       'title': searched.title, 'queried': asked.title,
       'rows': len(searched.images), 'trained': len(found.shown), 'exact': found.exact,
       'files': searched.images.names is not None,

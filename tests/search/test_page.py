@@ -88,6 +88,20 @@ def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path, capsys):
   assert 'represented by pooled, of views of 24 pixels' in said  # as in the run
 
 
+def test_labels_are_kept_for_a_folder_wherever_it_is_named_from(trained_folder, tmp_path,
+                                                                monkeypatch):
+  dataset, places = inference.load(trained_folder[1]).dataset, []
+  for project in tmp_path / 'one', tmp_path / 'two':
+    project.mkdir()
+    monkeypatch.chdir(project)
+    monkeypatch.setenv('HOME', str(project))
+    for name in project / 'images', 'images', '~/images':
+      model = types.SimpleNamespace(was_trained=True, step=1, class_names=['a', 'b'],
+                                    dataset=dataclasses.replace(dataset, name=f'folder:{name}'))
+      places.append(page_lib._open(page_lib.Queries(), model)[0].place)
+  assert [len({*places[:3]}), len({*places[3:]}), len({*places})] == [1, 1, 2]
+
+
 def _row(page, i):
   return int(page['names'][i].removeprefix('train '))
 
