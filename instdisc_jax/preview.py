@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = _parser().parse_known_args(argv)
     output = pathlib.Path(args.output)
     errors.check_output(output, ('.png',))
-    config = _config(args.config, overrides)
+    config = cli.read_config(args.config, overrides)
+    config_lib.validate(config)
     images, _, _ = folder.load(args.images, 'error', setting='--images')
     config = config_lib.fill(config, len(images), jax.default_backend() == 'cpu')
     try:
@@ -49,22 +50,9 @@ def _parser():
   parser.add_argument('--images', required=True, metavar='FOLDER', help='images of any size')
   parser.add_argument('--output', required=True, metavar='FILE.png', help='the file to write')
   parser.add_argument('--config', metavar='FILE',
-                      help='whose augment settings are used (default: those for photographs)')
+                      default='configs/folder.py',
+                      help='whose augment settings are used (default: %(default)s)')
   return parser
-
-
-def _config(file, overrides):
-  """The configuration whose views are drawn."""
-  if file is not None:
-    config = cli.read_config(file, overrides)
-  elif overrides:
-    raise errors.UserError(f"unknown argument '{overrides[0]}'",
-                           remedy='see --help, or also set <--config>', setting='--config')
-  else:
-    config = config_lib.default()
-    config.augment.update(config_lib.PHOTOGRAPHS)
-  config_lib.validate(config)
-  return config
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from instdisc_jax.data import Images, views
 _IMAGES = _VIEWS = 8
 _GAP = 4  # pixels between views; twice that after the first column
 _HEADING = 20  # pixels above them
+_LEAST = 96  # pixels of a side to look at; smaller views are shown larger, by a whole factor
 
 
 def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H W 3']:
@@ -26,25 +27,31 @@ def draw(images: Images, config: config_dict.ConfigDict) -> UInt8[np.ndarray, 'H
 
   Returns:
     [H, W, 3]: headings, then a row for each of up to 8 images, evenly spread: the image as
-    evaluation sees it, then 8 views.
+    evaluation sees it, then 8 views, all in the size of training or a multiple of it.
 
   Raises:
     UnreadableImage: see `Images`.
   """
   chosen = np.unique(np.linspace(0, len(images) - 1, _IMAGES).astype(int))
-  side = views.size(config, None)[0]
-  drawn = _draw_views(images, chosen, config)
+  view_side = views.size(config, None)[0]
+  factor = -(-_LEAST // view_side)
+  side = factor * view_side
   step = side + _GAP
+  drawn = _draw_views(images, chosen, config)
   sheet = np.full((_HEADING + len(chosen) * step - _GAP, (_VIEWS + 1) * step + _GAP, 3), 255,
                   np.uint8)
   sheet[:_HEADING] = _headings(sheet.shape[1], {'evaluation': 0, 'training': step + _GAP})
   for row, i in enumerate(chosen):
     top = _HEADING + row * step
-    sheet[top:top + side, :side] = images.central(i, side)
+    sheet[top:top + side, :side] = _enlarged(images.central(i, view_side), factor)
     for col in range(_VIEWS):
       left = (col + 1) * step + _GAP
-      sheet[top:top + side, left:left + side] = drawn[row, col]
+      sheet[top:top + side, left:left + side] = _enlarged(drawn[row, col], factor)
   return sheet
+
+
+def _enlarged(image, factor) -> UInt8[np.ndarray, 'H W 3']:
+  return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _headings(width, places) -> UInt8[np.ndarray, 'heading W 3']:
