@@ -7,7 +7,7 @@ FILE.pth and FILE.safetensors have torchvision's layout, FILE.pkl detectron2's. 
 images of bytes and gives embeddings of unit norm. A name without a suffix is a folder that timm
 loads, with a model card.
 
-Reading or writing .pth needs PyTorch (`pip install '.[torch]'`), writing .onnx `onnx`.
+Reading or writing .pth needs PyTorch (`pip install 'instdisc_jax[torch]'`), writing .onnx `onnx`.
 """
 
 from collections.abc import Sequence

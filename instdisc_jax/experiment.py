@@ -25,7 +25,7 @@ from instdisc_jax.runtime import (
 )
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.runtime import workdir as workdir_lib
-from instdisc_jax.training import budget, loop, warm_start
+from instdisc_jax.training import budget, loop, optimizer, warm_start
 from instdisc_jax.training.monitor import Monitor
 from instdisc_jax.training.plan import Plan
 from instdisc_jax.training.state import Setup, make_init
@@ -77,7 +77,7 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
       summary_lib.show(summary, workdir, progress.console)
       return summary
 
-    for line in setup.remarks():
+    for line in setup.remarks() + optimizer.remarks(setup.config):
       progress.print(line)
     evaluator = Evaluator(setup, dataset, watch)
     init = make_init(setup, views.size(config, dataset.train.shape))

@@ -246,7 +246,14 @@ def num_workers(configured: int | None) -> int:
   """Worker processes: as configured, or by default one per CPU but two, at most 16."""
   if configured is not None:
     return configured
-  return max(0, min(16, len(os.sched_getaffinity(0)) - 2))
+  return max(0, min(16, _num_cpus() - 2))
+
+
+def _num_cpus():
+  """The CPUs that this process may use; macOS does not tell, so all there."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def in_background(load: Callable[[int], Any], first: int, last: int,
@@ -268,7 +275,7 @@ def in_background(load: Callable[[int], Any], first: int, last: int,
   import cv2  # slow to import, and not needed if everything is resident
   import grain
 
-  threads = 1 if workers else max(1, len(os.sched_getaffinity(0)))
+  threads = 1 if workers else _num_cpus()
   dataset: Any = grain.MapDataset.range(first, last).map(_Guarded(load)).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + _AHEAD - 1))
   if workers:

@@ -1,6 +1,6 @@
 """Safe reading of untrusted weight files: nothing in them is executed.
 
-Reading .pth needs PyTorch (`pip install '.[torch]'`), which is imported only then.
+Reading .pth needs PyTorch (`pip install 'instdisc_jax[torch]'`), which is imported only then.
 """
 
 import importlib
@@ -123,7 +123,7 @@ def import_optional(module: str, argument: str, what: str = 'this file') -> Any:
     raise errors.UserError(f'{what} needs {package}, which is not installed'
                            + (f', or not for this PyTorch ({errors.one_line(e)[:80]})'
                               if isinstance(e, RuntimeError) else ''),
-                           remedy=f"pip install '.{extra}'", setting=argument) from e
+                           remedy=f"pip install 'instdisc_jax{extra}'", setting=argument) from e
 
 
 def _to_numpy(tree, torch):

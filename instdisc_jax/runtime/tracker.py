@@ -32,7 +32,7 @@ def module(name: str | None) -> Any:
   except ImportError as e:
     raise errors.UserError(
         f'tracker is {name}, which is not installed', setting='tracker',
-        remedy=f"run pip install '.[{name}]', or remove <tracker>") from e
+        remedy=f"run pip install 'instdisc_jax[{name}]', or remove <tracker>") from e
 
 
 def start(name: str | None, workdir: files.Place, settings: Mapping[str, Any]) -> Any:

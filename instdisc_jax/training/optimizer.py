@@ -31,6 +31,17 @@ def learning_rate_schedule(config: config_lib.Config, num_rows: int) -> optax.Sc
   return optax.piecewise_constant_schedule(config.optimizer.learning_rate, boundaries)
 
 
+def remarks(config: config_lib.Config) -> list[str]:
+  """What a user should know about the schedule of a run of some epochs: lines, or none."""
+  epochs, milestones = config.epochs, config.optimizer.milestones
+  if (config.optimizer.schedule == 'cosine' or config.steps is not None or not milestones
+      or min(milestones) < epochs):
+    return []
+  shares = tuple(round(share * epochs) for share in (0.6, 0.8))
+  return [f'the learning rate never decays: the run ends after epoch {epochs}, and '
+          f'optimizer.milestones is {tuple(milestones)}; {shares} would be in proportion']
+
+
 def _kernels(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 

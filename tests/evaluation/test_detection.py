@@ -166,7 +166,7 @@ def test_what_is_not_installed_is_named(data, tmp_path, monkeypatch, missing, pa
 
   monkeypatch.setattr(safe_pickle, 'importlib', types.SimpleNamespace(import_module=find))
   with pytest.raises(errors.UserError, match=f'detection needs {package}, which is not installed: '
-                                             r"pip install '\.\[(detection|torch)\]'"):
+                                             r"pip install 'instdisc_jax\[(detection|torch)\]'"):
     _measure(_encoder(), data, tmp_path)
 
 

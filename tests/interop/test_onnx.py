@@ -77,4 +77,4 @@ def test_without_the_package_one_line_says_how_to_install_it(trained, tmp_path):
   found = subprocess.run([sys.executable, '-c', block], capture_output=True, text=True)
   assert found.returncode == 2
   assert found.stderr == ("error: this file needs onnx, which is not installed: "
-                          "pip install '.[onnx]'\n")
+                          "pip install 'instdisc_jax[onnx]'\n")

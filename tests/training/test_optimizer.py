@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instdisc_jax import config as config_lib
 from instdisc_jax.training import optimizer as optimizer_lib
 from tests.training import tiny
 from tests.training.tiny import B, N
@@ -28,6 +29,19 @@ def test_the_cosine_rises_falls_and_ends_with_the_run():
   config.steps = 3  # shorter than the warm-up
   schedule = optimizer_lib.learning_rate_schedule(config, N)
   assert np.isfinite([schedule(step) for step in range(3)]).all()
+
+
+@pytest.mark.parametrize('settings, end', [
+    ({'epochs': 100}, '100, and optimizer.milestones is (120, 160); (60, 80) would be in '
+                      'proportion'),
+    ({'epochs': 121}, None), ({'epochs': 100, 'steps': 9}, None),
+    ({'epochs': 100, 'optimizer.schedule': 'cosine'}, None),
+    ({'epochs': 100, 'optimizer.milestones': ()}, None)])
+def test_a_learning_rate_that_never_decays_is_pointed_out(settings, end):
+  config = config_lib.default()
+  config.update_from_flattened_dict(settings)
+  assert optimizer_lib.remarks(config) == ([] if end is None else [
+      f'the learning rate never decays: the run ends after epoch {end}'])
 
 
 def test_epochs_end_with_the_step_that_completes_them():
