@@ -31,6 +31,7 @@ from instdisc_jax.search import audit, labeling, neighbors, projection
 STATIC = pathlib.Path(__file__).with_name('static')
 MARK = '<meta name="generator" content="instdisc_jax.retrieve">'  # identifies our pages
 _FILES = {'data.js', 'images', 'pictures', *(file.name for file in STATIC.iterdir())}  # or had
+_OF_SYSTEMS = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}  # what operating systems add to folders
 _MOST_CLASSES = 1_000_000  # the page names each
 _SIDE = 128  # longer side of a thumbnail, in pixels
 _LOSSLESS_SIDE = 64  # thumbnails up to this side are lossless
@@ -366,9 +367,9 @@ def _write_thumbnails(sources, place, watch):
 
 
 def _is_page(path):
-  """Whether a folder is empty or contains only a page of ours."""
-  if path.is_dir() and not any(path.iterdir()):
-    return True
-  index = path / 'index.html'
-  return (index.is_file() and MARK in index.read_text(errors='replace')[:500]
-          and {file.name for file in path.iterdir()} <= _FILES)
+  """Whether a folder is empty or contains only a page of ours, and files of operating systems."""
+  if not path.is_dir():
+    return False
+  index, present = path / 'index.html', {file.name for file in path.iterdir()} - _OF_SYSTEMS
+  return not present or (present <= _FILES and index.is_file()
+                         and MARK in index.read_text(errors='replace')[:500])

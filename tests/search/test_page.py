@@ -205,6 +205,8 @@ def test_a_bank_whose_images_are_gone_is_named(trained_folder, tmp_path, capsys)
 def test_other_files_in_a_page_s_folder_are_kept(trained, tmp_path, capsys):
   page = tmp_path / 'page'
   assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 0
+  (page / '.DS_Store').write_text('')  # those of operating systems do not matter
+  assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 0
   (page / 'notes.txt').write_text('mine')
   assert _make(('workdir', trained[0]), ('output', page), ('queries', 2)) == 2
   assert 'holds more than a page of this command' in capsys.readouterr().err
