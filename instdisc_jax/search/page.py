@@ -87,11 +87,13 @@ class _Searched:
 
   Attributes:
     title: a description of them.
+    noun: what they are called in the plural.
     place: where they lie; labels given on a page are kept under it.
     images: N images.
     class_names: the names of their classes, or None.
   """
   title: str
+  noun: str
   place: str
   images: images_lib.Images
   class_names: Sequence[str] | None
@@ -196,16 +198,21 @@ def _open(queries, model) -> tuple[_Searched, _Asked]:
   """The images to search, and the queries."""
   if not model.was_trained and queries.folder is not None:
     images, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
-    searched = _Searched(f'images in {queries.folder}', _absolute(queries.folder), images, names)
-    return searched, _Asked('all images')
+    if len(images) < 2:
+      raise errors.UserError(f"'{queries.folder}' holds one image, which has no neighbors",
+                             remedy='set <--images> to a folder of more', setting='--images')
+    searched = _Searched(f'images in {queries.folder}', 'images', _absolute(queries.folder), images,
+                         names)
+    return searched, _Asked('images')
   try:
     dataset = model.dataset
   except errors.UserError as e:
     if e.setting != 'dataset.name':
       raise
     raise e.with_remedy('restore the images that the run was trained on') from e
-  searched = _Searched(f'{dataset.name}, step {model.step:,}',
-                       _absolute(dataset.name.partition(':')[2]), dataset.train, _class_names(model))
+  searched = _Searched(f'{dataset.name}, step {model.step:,}', 'training images',
+                       _absolute(dataset.name.partition(':')[2]), dataset.train,
+                       _class_names(model))
   if queries.folder is not None:
     given, names, _ = folder.load(queries.folder, queries.on_unreadable, setting='--images')
     given = dataclasses.replace(given, labels=_run_labels(given.labels, names, searched.class_names,
@@ -315,7 +322,7 @@ def _content(searched, asked, found, place, sources) -> dict[str, Any]:
   x, y = place.round(4).T.tolist()
   return {
       'id': hashlib.sha256(os.fsencode(searched.place)).hexdigest()[:16],
-      'title': searched.title, 'queried': asked.title,
+      'title': searched.title, 'searched': searched.noun, 'queried': asked.title,
       'rows': len(searched.images), 'trained': len(found.shown), 'exact': found.exact,
       'files': searched.images.names is not None,
       'classes': None if searched.class_names is None else list(searched.class_names),

@@ -35,6 +35,7 @@ def test_the_neighbors_are_scikit_learn_s_brute_force(trained, tmp_path):
   page, model = _page(tmp_path / 'page'), instdisc_jax.load(workdir)
   rows = model.fresh(model.dataset.train)
   assert len(page['queries']) == 100 and page['rows'] == page['trained'] == 128
+  assert page['searched'] == 'training images'
   chosen = [int(page['names'][i].removeprefix('test ')) for i in page['queries']]
   assert chosen[0] == 0 and chosen[-1] == 499  # spread over all those held out
   embedding = model.embed(model.dataset.test.files[chosen])
@@ -86,6 +87,17 @@ def test_only_what_stands_out_is_a_duplicate(trained_folder, tmp_path, capsys):
   assert (f'{weights}: encoder: resnet10_cifar, width 2, embedding of 128; head fresh' in
           (said := capsys.readouterr().err))
   assert 'represented by pooled, of views of 24 pixels' in said  # as in the run
+
+
+def test_weights_without_a_run_search_a_folder_of_more_than_one_image(trained_folder, tmp_path):
+  model = types.SimpleNamespace(was_trained=False)
+  searched, asked = page_lib._open(page_lib.Queries(str(trained_folder[0])), model)
+  assert (searched.noun, asked.title, asked.images) == ('images', 'images', None)
+  (tmp_path / 'one').mkdir()
+  shutil.copy(trained_folder[0] / 'redless' / '04.jpg', tmp_path / 'one')
+  with pytest.raises(errors.UserError, match='/one. holds one image, which has no') as raised:
+    page_lib._open(page_lib.Queries(str(tmp_path / 'one')), model)
+  assert raised.value.setting == '--images'
 
 
 def test_labels_are_kept_for_a_folder_wherever_it_is_named_from(trained_folder, tmp_path,
@@ -448,6 +460,8 @@ def test_a_query_that_is_among_the_images_searched_is_a_leak(visit):
   page = visit()
   page.keyboard.press('5')
   assert page.locator('.row .image').evaluate_all(IDS) == [3017, 40]
+  assert page.locator('#status').inner_text() == (
+      '1 held-out image that also appears among the 3,000 training images')
 
 
 @pytest.mark.slow

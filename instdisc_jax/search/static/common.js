@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const format = new Intl.NumberFormat('en');
 const count = (n, one, many) => `${format.format(n)} ${n === 1 ? one : many}`;
+const images = (n, kind = 'images') => count(n, kind.replace('images', 'image'), kind);
 const all = PAGE.names.map((_, i) => i);  // every image: those searched first, then other queries
 const isQuery = new Set(PAGE.queries);
 const exact = PAGE.exact && new Set(PAGE.exact);  // whose neighbors are among all that there are

@@ -2,7 +2,7 @@
 // The views: which is open, its rows, and how one gets from image to image.
 
 const STEP = 25;  // rows drawn at a time
-const MOST_SELECTED = 200;  // drawn below the map
+const MOST_DRAWN = 200;  // of a group, or of those selected on the map
 const list = $('list'), tabs = [...document.querySelectorAll('[role=tab]')];
 let tab = 'queries', rows = [], drawn = 0, place = null;  // place: the image clicked last
 
@@ -40,7 +40,7 @@ const row = {
 // Rows of the tab with an image of the chosen class and the words typed.
 function matching() {
   const fits = filter();
-  if (tab === 'map') return selected.size ? [[...selected].slice(0, MOST_SELECTED)] : [];
+  if (tab === 'map') return selected.size ? [[...selected].slice(0, MOST_DRAWN)] : [];
   if (tab === 'duplicates') return groups().filter((group) => group.some(fits));
   if (tab === 'outliers') return PAGE.outliers.filter(([i]) => fits(i));
   if (tab === 'leaks') return leaks().filter(([i, j]) => fits(i) || fits(j));
@@ -50,28 +50,30 @@ function matching() {
 }
 
 function summary(one) {
-  const page = count(PAGE.trained, 'image', 'images') + ' on this page';
-  const total = count(PAGE.rows, 'training image', 'training images');
+  const page = images(PAGE.trained) + ' on this page';
+  const total = images(PAGE.rows, PAGE.searched);
   const among = PAGE.trained < PAGE.rows ? `the ${page}, out of ${total}` : total;
   if (one !== undefined) {
     return `${PAGE.names[one]} and its nearest among ${exact && !exact.has(one) ? among : total}`;
   }
   if (tab === 'map') {
-    return `${count(PAGE.x.length, 'image', 'images')}; those alike are close together` +
-        (selected.size > MOST_SELECTED ? `; the first ${MOST_SELECTED} selected are below` : '');
+    return `${images(PAGE.x.length)}; similar images are close together` +
+        (selected.size > MOST_DRAWN ? `; the first ${MOST_DRAWN} selected are below` : '');
   }
   if (!rows.length) return 'nothing found';
-  const number = format.format(rows.length);
   if (tab === 'duplicates') {
-    const images = rows.reduce((sum, group) => sum + group.length, 0);
-    return `${count(rows.length, 'group', 'groups')}, ${count(images, 'image', 'images')}, ` +
+    const grouped = rows.reduce((sum, group) => sum + group.length, 0);
+    return `${count(rows.length, 'group', 'groups')}, ${images(grouped)}, ` +
         `the largest first, among ${among}`;
   }
-  if (tab === 'outliers') return `${number} images, most isolated first, among ${among}`;
-  if (tab === 'leaks') return `${number} ${PAGE.queried} that are among ${total}, too`;
+  if (tab === 'outliers') return `${images(rows.length)}, most isolated first, among ${among}`;
+  if (tab === 'leaks') {
+    const appear = rows.length === 1 ? 'appears' : 'appear';
+    return `${images(rows.length, PAGE.queried)} that also ${appear} among the ${total}`;
+  }
   const queries = rows.filter((i) => isQuery.has(i)).length;
-  const kinds = [[queries, PAGE.queried], [rows.length - queries, 'other training images']];
-  return kinds.filter(([n]) => n).map(([n, kind]) => `${format.format(n)} ${kind}`).join(' and ') +
+  const kinds = [[queries, PAGE.queried], [rows.length - queries, `other ${PAGE.searched}`]];
+  return kinds.filter(([n]) => n).map(([n, kind]) => images(n, kind)).join(' and ') +
       `, each with its nearest among ${total}`;
 }
 
