@@ -540,6 +540,12 @@ def test_the_map_is_zoomed_and_images_on_it_selected(visit, big_page, width, sch
     page.keyboard.press('+')
   page.wait_for_function(
       "(before) => document.querySelector('#map canvas').toDataURL() !== before", arg=before)
+  tip = page.locator('#tip').bounding_box()
+  page.mouse.click(tip['x'] - 16, tip['y'] - 16, button='right')
+  assert '#image=' not in page.url
+  canvas.focus()
+  page.keyboard.press('ArrowRight')
+  image = made['names'].index(page.locator('#status').inner_text().rpartition(', ')[0])
   page.keyboard.press('Space')
   assert page.locator('#chosen').inner_text().startswith('1 selected')
   assert page.evaluate('[...selected]') == [image]

@@ -228,6 +228,7 @@ const map = (() => {
   }
 
   canvas.onpointerdown = (event) => {
+    if (event.button) return;  // not the primary one
     canvas.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, [event.offsetX, event.offsetY]);
     moved = pointers.size > 1 ? Infinity : 0;
