@@ -442,6 +442,9 @@ def test_duplicates_are_groups_at_a_threshold_that_can_be_moved(visit, big_page)
   assert page.locator('.row').count() == 1
   assert page.locator('.row .image').evaluate_all(IDS) == [10, 11, 12, 13]
   assert page.locator('#status').inner_text().startswith('1 group, 4 images')
+  assert float(page.locator('#threshold').input_value()) == made['threshold'] < 1
+  assert page.locator('#similarities output').inner_text() == (
+      f'similarity of at least {made["threshold"]:.3f}')
   nearest = np.array([line[0] for line in made['similarity'][:3000]])
   threshold = np.sort(nearest)[-40]
   page.locator('#threshold').evaluate(
@@ -451,6 +454,10 @@ def test_duplicates_are_groups_at_a_threshold_that_can_be_moved(visit, big_page)
   expected = {i for i in range(3000) if nearest[i] >= found}
   shown = page.locator('.row .image').evaluate_all(IDS)
   assert len(shown) == len(set(shown)) and expected <= set(shown) and len(expected) > 10
+  page.locator('#threshold').press('Home')
+  first = page.locator('.row').first
+  assert first.locator('.share').all_text_contents() == ['3,000 images', 'and 2,800 more']
+  assert first.locator('.image').count() == 200
   page.keyboard.press('5')  # does not reach the page while the slider has the focus
   page.evaluate('document.activeElement.blur()')
 

@@ -22,7 +22,8 @@ function groups() {
   const found = new Map();
   for (let i = 0; i < PAGE.trained; i++) {
     if (nearest[i] < least && root(i) === i) continue;
-    found.set(root(i), [...(found.get(root(i)) ?? []), i]);
+    if (!found.has(root(i))) found.set(root(i), []);
+    found.get(root(i)).push(i);
   }
   return [...found.values()].filter((group) => group.length > 1)
       .sort((a, b) => b.length - a.length || a[0] - b[0]);
@@ -51,12 +52,14 @@ function showThreshold() {
   const line = document.querySelector('#similarities line');
   for (const x of ['x1', 'x2']) line.setAttribute(x, 100 * (threshold() - low) / (high - low));
   document.querySelector('#similarities output').textContent = threshold() > 1
-      ? 'nothing stands out' : threshold().toFixed(3);
+      ? 'nothing stands out' : `similarity of at least ${threshold().toFixed(3)}`;
 }
 
-let low = 1;
+const chosen = Math.min(PAGE.threshold, 1.001);
+let low = Math.min(chosen, 1);
 for (const s of nearest) low = Math.min(low, s);
-Object.assign($('threshold'), {min: Math.floor(low * 1000) / 1000, max: 1.001});
-$('threshold').value = Math.min(PAGE.threshold, 1.001);
+const steps = Math.ceil((chosen - low) * 1000);  // from the lower end to exactly the one chosen
+Object.assign($('threshold'), {
+  min: (chosen - steps / 1000).toFixed(6), max: 1.001, value: chosen});
 drawSimilarities();
 showThreshold();

@@ -23,9 +23,12 @@ function neighborsRow(query, note) {
 
 function groupRow(group) {
   const pick = make('button', {onclick: () => (setLabeling(true), select(group, true))}, 'Select');
+  const size = make('div', {className: 'share'}, images(group.length));
+  const more = group.length - MOST_DRAWN;
   return make('section', {className: 'row group'}, make(
-      'div', {}, make('div', {className: 'share'}, `${format.format(group.length)} images`), pick),
-      near(group.map((i) => imageButton(i, nearest[i]))));
+      'div', {}, size, ...(PAGE.files ? [pick] : [])), near([
+    ...group.slice(0, MOST_DRAWN).map((i) => imageButton(i, nearest[i])),
+    ...(more > 0 ? [make('div', {className: 'share'}, `and ${format.format(more)} more`)] : [])]));
 }
 
 const row = {
