@@ -487,6 +487,20 @@ def test_an_address_names_an_image_or_its_number(visit, big_page):
 
 
 @pytest.mark.slow
+def test_a_label_renews_the_share_of_the_same_class(visit, big_page):
+  page, made = visit(), _page(big_page)
+  query = made['queries'][0]
+  share = page.locator('.row .share').first
+  labels = made['labels'][query], [made['labels'][i] for i in made['neighbors'][query]]
+  right = labels[1].count(labels[0])
+  assert share.inner_text() == f'same class: {right} of 20'
+  at = labels[1].index(labels[0])
+  page.evaluate("(i) => change([[PAGE.names[i], 'odd']])", made['neighbors'][query][at])
+  assert share.inner_text() == f'same class: {right - 1} of 20'
+  page.evaluate('localStorage.clear()')
+
+
+@pytest.mark.slow
 def test_labels_are_given_kept_saved_and_read_again(visit, big_page, tmp_path):
   page, made = visit(), _page(big_page)
   page.keyboard.press('3')

@@ -60,14 +60,25 @@ function imageButton(i, similarity, query) {
   return button;
 }
 
+function sameClass(query) {
+  const counted = PAGE.neighbors[query].filter((i) => className(i));
+  const right = counted.filter((i) => className(i) === className(query)).length;
+  return className(query) && counted.length ? `same class: ${right} of ${counted.length}` : '';
+}
+
 // Draws the buttons of some images again, or of all, once their labels or the selection changed.
 function renew(changed) {
+  const shares = new Set();
   for (const old of document.querySelectorAll('#list .image')) {
     if (changed && !changed.has(Number(old.dataset.id)) && !changed.has(old.query)) continue;
     const focused = old === document.activeElement;
     const button = imageButton(Number(old.dataset.id), old.similarity, old.query);
     old.replaceWith(button);
     if (focused) button.focus({preventScroll: true});
+    shares.add(button.closest('.row').querySelector('.share'));
+  }
+  for (const share of shares) {
+    if (share?.query !== undefined) share.textContent = sameClass(share.query);
   }
 }
 

@@ -11,14 +11,10 @@ function near(images) {
 }
 
 function neighborsRow(query, note) {
-  const others = PAGE.neighbors[query];
-  const counted = others.filter((i) => className(i));
-  const right = counted.filter((i) => className(i) === className(query)).length;
-  const share = note ?? (className(query) && counted.length
-      ? `same class: ${right} of ${counted.length}` : '');
-  return make('section', {className: 'row'}, make(
-      'div', {}, imageButton(query), make('div', {className: 'share'}, share)),
-      near(others.map((i, n) => imageButton(i, PAGE.similarity[query][n], query))));
+  const share = make('div', {className: 'share'}, note ?? sameClass(query));
+  if (note === undefined) share.query = query;
+  return make('section', {className: 'row'}, make('div', {}, imageButton(query), share), near(
+      PAGE.neighbors[query].map((i, n) => imageButton(i, PAGE.similarity[query][n], query))));
 }
 
 function groupRow(group) {
