@@ -352,6 +352,18 @@ def test_a_click_on_a_neighbor_makes_it_the_query(visit, big_page, width, scheme
   assert again.first.locator('img').evaluate('x => x.decode().then(() => x.naturalWidth)') == 12
   page.go_back()
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
+  page.keyboard.press('l')
+  page.evaluate('scrollTo(0, 0)')
+  page.locator('.row .image').first.focus()
+  for key in ['ArrowDown'] * 12 + ['1'] * 60 + ['ArrowUp'] * 40:  # the bars cover none of them
+    page.keyboard.press(key)
+    seen = page.evaluate("""() => {
+      const box = document.activeElement.getBoundingClientRect();
+      return [box.top + 5, box.bottom - 5].every((y) => document.activeElement.contains(
+          document.elementFromPoint(box.left + box.width / 2, y)));
+    }""")
+    assert seen, key
+  page.evaluate('localStorage.clear()')
   dark = page.evaluate('getComputedStyle(document.body).backgroundColor')
   assert (dark == 'rgb(255, 255, 255)') == (scheme == 'light')
   page.get_by_label('light or dark').click()

@@ -227,6 +227,13 @@ onkeydown = (event) => {
   }
   event.preventDefault();
 };
+// What the focus moves to is scrolled clear of the bars that stay in sight.
+const header = document.querySelector('header');
+const bars = new ResizeObserver(() => {
+  const above = getComputedStyle(header).position === 'sticky' ? header.offsetHeight : 0;
+  document.documentElement.style.scrollPadding = `${above}px 0 ${$('labels').offsetHeight}px`;
+});
+for (const bar of [header, $('labels')]) bars.observe(bar);
 onscroll = () => fill();
 onresize = () => {
   fill();
