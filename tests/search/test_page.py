@@ -613,3 +613,16 @@ def test_the_map_is_zoomed_and_images_on_it_selected(visit, big_page, width, sch
   page.keyboard.press('Enter')
   assert '#image=kind3' in page.url
   assert page.evaluate('document.documentElement.scrollWidth') <= width
+
+
+@pytest.mark.slow
+def test_images_that_are_not_files_are_not_labeled(visit):
+  page = visit()
+  page.evaluate('PAGE.files = false, open("duplicates")')
+  assert page.get_by_role('button', name='Select', exact=True).count() == 0
+  page.keyboard.press('l')
+  page.keyboard.press('2')
+  page.locator('#map canvas').focus()
+  page.keyboard.press('ArrowRight')
+  page.keyboard.press('Space')
+  assert page.locator('#labels').is_hidden()

@@ -83,7 +83,7 @@ function showLabels() {
 }
 
 function setLabeling(on) {
-  labeling = on;
+  labeling = on && PAGE.files;
   if (!on) select([...selected], false);
   showLabels();
 }
