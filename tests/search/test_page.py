@@ -414,6 +414,14 @@ def test_search_tabs_and_keys(visit, big_page):
   assert page.evaluate('Number(document.activeElement.dataset.id)') != focused
   page.keyboard.press('Enter')
   assert '#image=' in page.url
+  page.keyboard.press('l')
+  new = page.get_by_label('another class', exact=True)
+  new.fill('odd')
+  new.press('Enter')  # nothing is selected
+  page.keyboard.press('Escape')
+  assert new.input_value() == 'odd'
+  assert '#image=' in page.url
+  page.keyboard.press('l')
   page.keyboard.press('Escape')
   page.wait_for_function('document.querySelectorAll(".row").length > 1')
 
@@ -531,6 +539,15 @@ def test_labels_are_given_kept_saved_and_read_again(visit, big_page, tmp_path):
   assert page.locator('#chosen').inner_text() == '0 selected, 3 labeled'
   page.keyboard.press('u')
   assert page.locator('#chosen').inner_text() == '0 selected, 4 labeled'
+  page.evaluate("change([[PAGE.names[20], 'rare']]), change([[PAGE.names[20], 'b']])")
+  page.get_by_label('class', exact=True).select_option('b')
+  page.evaluate('document.activeElement.blur()')
+  page.keyboard.press('u')
+  page.keyboard.press('u')
+  assert page.locator('#chosen').inner_text() == '0 selected, 4 labeled'
+  assert page.get_by_label('class', exact=True).input_value() == '=b'
+  assert [text.partition(' · ')[0].strip() for text in
+          page.locator('#chips button').all_text_contents()[10:]] == ['a "new", class', 'rare', 'b']
   page.keyboard.press('Escape')
   page.reload()  # they are kept
   page.keyboard.press('l')
@@ -552,6 +569,29 @@ def test_labels_are_given_kept_saved_and_read_again(visit, big_page, tmp_path):
   page.get_by_label('class', exact=True).select_option('a "new", class')
   page.evaluate("open('map')")
   page.evaluate("open('outliers')")
+  page.evaluate('localStorage.clear()')
+
+
+@pytest.mark.slow
+def test_labels_of_other_tabs_and_other_images_are_kept(visit):
+  page = visit()
+  page.evaluate("localStorage.setItem(STORE, JSON.stringify([['elsewhere.png', 'x']]))")
+  page.reload()
+  other = page.context.new_page()
+  other.goto(page.url)
+  page.evaluate("change([[PAGE.names[1], 'a']])")
+  other.wait_for_function('labels.size === 1')  # the other tab shows it
+  page.evaluate('onstorage = null')  # this one does not hear of the other, as when both are quick
+  other.evaluate("change([[PAGE.names[2], 'b']])")
+  page.wait_for_function('stored().size === 3')
+  page.evaluate("change([[PAGE.names[3], 'c']])")
+  assert page.evaluate('[...stored().values()].join()') == 'x,a,b,c'
+  page.evaluate("""() => {
+    Storage.prototype.setItem = () => { throw new Error('full'); };
+    setLabeling(true), change([[PAGE.names[4], 'd']]);
+  }""")
+  assert page.locator('#chosen').inner_text().endswith(
+      ' labeled; this browser cannot store labels: save labels.csv before you close the page')
   page.evaluate('localStorage.clear()')
 
 

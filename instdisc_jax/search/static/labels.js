@@ -2,15 +2,28 @@
 // Labels given on this page. The browser keeps them; a labels.csv takes them to `classify`.
 
 const STORE = `instdisc_jax labels ${PAGE.id}`;
-const labels = new Map();  // name -> label
+const labels = new Map();  // name -> label, of images on this page
 const undone = [];  // [[name, its label before], ...] of each change
-let labeling = false;
+const present = new Set(PAGE.labels);
+// The classes to choose from, in the order of their keys. It only grows: a key keeps its class.
+const choices = new Set((PAGE.classes ?? []).filter((_, c) => present.has(c) || PAGE.predicted));
+let labeling = false, kept = true;  // kept: whether the browser stores labels
 
-try {
-  for (const [name, label] of JSON.parse(localStorage.getItem(STORE) ?? '[]')) {
-    if (idOf.get(name) < PAGE.trained) labels.set(name, label);
+// All that the browser has stored: name -> label, also of images that this page does not show.
+function stored() {
+  try {
+    return new Map(JSON.parse(localStorage.getItem(STORE) ?? '[]'));
+  } catch (error) {
+    return new Map();
   }
-} catch (error) {}  // nothing is kept here
+}
+
+function read() {
+  labels.clear();
+  for (const [name, label] of stored()) {
+    if (idOf.get(name) < PAGE.trained) labels.set(name, label), choices.add(label);
+  }
+}
 
 // Only the images searched can be labeled; another folder may have the same names.
 const canLabel = (i) => PAGE.files && i < PAGE.trained;
@@ -19,45 +32,53 @@ function labelOf(i) {
   return canLabel(i) ? labels.get(PAGE.names[i]) : undefined;
 }
 
-// The classes to choose from, in the order of their keys.
-function choices() {
-  const present = new Set(PAGE.labels);
-  const known = (PAGE.classes ?? []).filter((_, c) => present.has(c) || PAGE.predicted);
-  return [...new Set([...known, ...labels.values()])];
-}
-
 function change(pairs) {
   undone.push(pairs.map(([name]) => [name, labels.get(name)]));
   put(pairs);
 }
 
 function put(pairs) {
-  for (const [name, label] of pairs) label ? labels.set(name, label) : labels.delete(name);
+  const store = stored();  // with what other tabs have stored meanwhile
+  for (const [name, label] of pairs) {
+    for (const one of [labels, store]) label ? one.set(name, label) : one.delete(name);
+    if (label) choices.add(label);
+  }
   try {
-    localStorage.setItem(STORE, JSON.stringify([...labels]));
+    localStorage.setItem(STORE, JSON.stringify([...store]));
   } catch (error) {
-    $('chosen').textContent = 'this browser keeps no labels: save them before you leave';
+    kept = false;
   }
   const names = new Set(pairs.map(([name]) => name));
-  renew(names.size > 1000 ? undefined : new Set([...names].map((name) => idOf.get(name))));
+  showChanged(names.size > 1000 ? undefined : new Set([...names].map((name) => idOf.get(name))));
+}
+
+function showChanged(changed) {
+  renew(changed);
   showLabels();
   showClasses();
   map.renew();
 }
 
+function say(text) {
+  $('chosen').textContent = kept ? text
+      : `${text}; this browser cannot store labels: save labels.csv before you close the page`;
+}
+
 // Labels the images selected or, if there are none, the one in focus, and goes on to the next.
+// Returns whether there was one.
 function assign(label) {
   const here = document.activeElement.closest('#list .image');
   const focused = here ? Number(here.dataset.id) : map.here();
   const ids = (selected.size ? [...selected] : [focused]).filter((i) => i >= 0 && canLabel(i));
   if (!ids.length) {
-    $('chosen').textContent = PAGE.files ? 'select an image first' : 'these images are not files';
-    return;
+    say('select an image first');
+    return false;
   }
   const advance = here && !selected.size;
   select([...selected], false);
   change(ids.map((i) => [PAGE.names[i], label]));
   if (advance) move('ArrowRight');
+  return true;
 }
 
 function select(ids, on) {
@@ -75,9 +96,8 @@ function showLabels() {
   if (!labeling) return;
   const counts = new Map();
   for (const label of labels.values()) counts.set(label, (counts.get(label) ?? 0) + 1);
-  $('chosen').textContent = `${format.format(selected.size)} selected, ` +
-      `${format.format(labels.size)} labeled`;
-  $('chips').replaceChildren(...choices().map((label, n) => make(
+  say(`${format.format(selected.size)} selected, ${format.format(labels.size)} labeled`);
+  $('chips').replaceChildren(...[...choices].map((label, n) => make(
       'button', {onclick: () => assign(label)}, ...(n < 9 ? [make('kbd', {}, n + 1)] : []),
       ` ${label} · ${format.format(counts.get(label) ?? 0)}`)));
 }
@@ -113,8 +133,8 @@ function save() {
   make('a', {href: url, download: 'labels.csv'}).click();
   URL.revokeObjectURL(url);
   const lost = [...labels.keys()].filter((name) => !isText(name)).length;
-  $('chosen').textContent = `${count(labels.size - lost, 'label', 'labels')} saved` +
-      (lost ? `; ${count(lost, 'name', 'names')} left out, not in UTF-8` : '');
+  say(`${count(labels.size - lost, 'label', 'labels')} saved` +
+      (lost ? `; ${count(lost, 'name', 'names')} left out, not in UTF-8` : ''));
 }
 
 async function load(file) {
@@ -134,6 +154,11 @@ $('load').onchange = (event) => event.target.files[0] && load(event.target.files
 $('new').onkeydown = (event) => {
   const label = event.target.value.trim();
   if (event.key !== 'Enter' || !label) return;
-  assign(label);
-  event.target.value = '';
+  if (assign(label)) event.target.value = '';
 };
+onstorage = ({key}) => {  // another tab has stored labels
+  if (key !== STORE || !kept) return;
+  read();
+  showChanged();
+};
+read();

@@ -163,14 +163,14 @@ function dark(on) {
   map.renew();
 }
 
-// The classes to choose from; those labeled on this page come and go.
+// The classes to choose from; labels add to them.
 function showClasses() {
-  const names = choices(), before = $('class').value;
+  const names = [...choices], before = $('class').value;
   $('class').replaceChildren(
       make('option', {value: ''}, 'all classes'),
       ...names.map((name) => make('option', {value: `=${name}`}, name)),
       make('option', {value: '='}, 'without a class'));
-  $('class').value = [...$('class').options].some((o) => o.value === before) ? before : '';
+  $('class').value = before;
   $('class').hidden = !names.length;
 }
 
@@ -199,7 +199,9 @@ onkeydown = (event) => {
   const typing = ['INPUT', 'SELECT'].includes(event.target.tagName) && event.target.type !== 'range';
   const image = document.activeElement.closest('#list .image');
   if (event.key === 'Escape') {
-    if (typing) event.target.value = '', event.target.blur(), open(tab);
+    if (typing) event.target.blur();
+    if (event.target.matches('#search, #class')) event.target.value = '', open(tab);
+    else if (typing) return;
     else if (selected.size) select([...selected], false), tab === 'map' && show();
     else if (location.hash) back();
     else if (labeling) setLabeling(false);
@@ -208,7 +210,7 @@ onkeydown = (event) => {
   } else if (event.key === '/') {
     $('search').focus();
   } else if (labeling && /^[0-9]$/.test(event.key)) {
-    const label = event.key === '0' ? '' : choices()[Number(event.key) - 1];
+    const label = event.key === '0' ? '' : [...choices][Number(event.key) - 1];
     if (label !== undefined) assign(label);
   } else if (labeling && event.key === 'u') {
     $('undo').click();
