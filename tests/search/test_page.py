@@ -562,10 +562,17 @@ def test_labels_are_given_kept_saved_and_read_again(visit, big_page, tmp_path):
   for _ in range(4):
     page.evaluate("select([10, 11, 12, 13], true), assign('')")
   assert page.locator('#chosen').inner_text() == '0 selected, 0 labeled'
-  file.write_text(file.read_text() + 'elsewhere.png,x\n')
-  page.get_by_label('Load labels.csv').set_input_files(file)
-  page.wait_for_function("document.querySelector('#chosen').textContent.includes('loaded')")
-  assert page.locator('#chosen').inner_text() == '4 labels loaded; 1 image is not on this page'
+  text, given = file.read_text(), page.get_by_label('Load labels.csv')
+  for content, said in (
+      (text, '4 labels loaded'),
+      (f'{text}elsewhere.png,x\n{made["names"][10]},\n',
+       '4 labels loaded; 1 image is not on this page; 1 line is not path,label'),
+      (text.replace(',', ';'), 'no labels loaded: the file needs lines of path,label')):
+    file.write_text(content)
+    given.set_input_files(file)
+    page.wait_for_function("(said) => $('chosen').textContent === said", arg=said)
+    assert given.input_value() == ''  # so that the same file may be chosen again
+    assert page.evaluate('labels.size') == 4
   page.get_by_label('class', exact=True).select_option('a "new", class')
   page.evaluate("open('map')")
   page.evaluate("open('outliers')")

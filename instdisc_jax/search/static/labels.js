@@ -125,7 +125,7 @@ function parse(text) {
     rows.at(-1).push(value?.replaceAll('""', '"') ?? plain.trim());
     if (end !== ',') rows.push([]);
   }
-  return rows.filter((row) => row.length === 2);
+  return rows.filter((row, n) => row.join() && (n || row.join() !== 'path,label'));
 }
 
 function save() {
@@ -138,19 +138,25 @@ function save() {
 }
 
 async function load(file) {
-  const pairs = parse(await file.text());
+  const lines = parse(await file.text());
+  const pairs = lines.filter(([, label, more]) => label && more === undefined);
+  if (!pairs.length) return say('no labels loaded: the file needs lines of path,label');
   const known = pairs.filter(([name]) => canLabel(idOf.get(name) ?? Infinity));
-  change(known);
-  const other = pairs.length - known.length - (pairs[0]?.join() === 'path,label');
-  $('chosen').textContent = `${count(known.length, 'label', 'labels')} loaded` +
-      (other ? `; ${count(other, 'image is', 'images are')} not on this page` : '');
+  if (known.length) change(known);
+  const other = pairs.length - known.length, wrong = lines.length - pairs.length;
+  say(`${count(known.length, 'label', 'labels')} loaded` +
+      (other ? `; ${count(other, 'image is', 'images are')} not on this page` : '') +
+      (wrong ? `; ${count(wrong, 'line is', 'lines are')} not path,label` : ''));
 }
 
 $('labeling').onclick = () => setLabeling(!labeling);
 $('unlabel').onclick = () => assign('');
 $('undo').onclick = () => undone.length && put(undone.pop());
 $('save').onclick = save;
-$('load').onchange = (event) => event.target.files[0] && load(event.target.files[0]);
+$('load').onchange = ({target}) => {
+  if (target.files[0]) load(target.files[0]);
+  target.value = '';  // or the same file could not be chosen again
+};
 $('new').onkeydown = (event) => {
   const label = event.target.value.trim();
   if (event.key !== 'Enter' || !label) return;
