@@ -14,8 +14,8 @@ Commands
   stop     stop the run on all hosts and wait until it has saved
   delete   delete the TPU
   all      create, setup and run, then wait for the run to end. A preempted TPU is recreated, and
-           a failing run is tried up to three times. The run resumes from its checkpoints, which must be
-           in a bucket: -- ... --workdir=gs://BUCKET/FOLDER
+           a failing run is tried up to three times in all. The run resumes from its checkpoints, which
+           must be in a bucket: -- ... --workdir=gs://BUCKET/FOLDER
 
 Options
   --name=NAME          name of the TPU
@@ -222,7 +222,6 @@ watch() {  # sets ended to the exit code of the run on the first host, or leaves
       '--command=bash on_host.sh code' 2>/dev/null)
     [[ -n $ended ]] && return
     sleep "$poll"
-    ((++polls))
   done
 }
 
@@ -248,16 +247,15 @@ all() {
     echo "# then, until the run ends: check the state every $poll s, and start over after a preemption"
     return
   fi
-  local ended polls failures=0
+  local ended failures=0
   while :; do
     create || return
     yes=1  # ask only once
-    ended='' polls=0
+    ended=''
     setup && run && watch
     [[ $ended == 0 || $ended == 2 ]] && break  # success, or a mistake in the arguments
     still_there || continue
     [[ $ended == 75 ]] && break  # stopped by the user
-    ((polls > 20)) && failures=0
     ((++failures < 3)) || break
     echo "the run failed${ended:+ with exit code $ended}: restarting it"
     stop
