@@ -23,13 +23,13 @@ Options
   --type=TYPE          TPU type, e.g. v5litepod-8 (one host) or v5litepod-64 (a slice)
   --runtime=VERSION    TPU software version (default: the one for the type)
   --project=PROJECT    Google Cloud project (default: gcloud's own)
-  --source=ADDRESS     what pip installs on the hosts: git+https://..., gs://.../x.whl or a name
+  --source=ADDRESS     what pip installs on the hosts: git+https://... or a name
   --configs=FOLDER     copied to the hosts (default: configs)
   --data=gs://...      folder in a bucket, copied to ~/data on each host; the host's disk holds 100 GB
   --data-disk=DISK     for larger data sets, instead of --data: a disk in the same zone, mounted
                        read-only at ~/data on each host
   --spot               request a spot TPU: cheaper, but may be preempted
-  --direct             create the TPU without a queued resource
+  --direct             create the TPU without a queued resource, which would wait for a free TPU
   --check              before create, run or all: compile the run for --type, here, and refuse it if
                        it does not fit; needs instdisc_jax[tpu-compiler] here and ARGUMENTS
   --yes                do not ask before creating or deleting anything that costs money
@@ -238,6 +238,8 @@ still_there() {  # checks for two minutes, as the cloud may be slow to report a 
 
 all() {
   need_bucket TPU
+  [[ -z $spot || -z $direct ]] ||
+    fail "--spot and --direct must not both be set for all, which waits for a free TPU: remove --direct"
   check_create
   check_setup
   check_type
@@ -248,9 +250,11 @@ all() {
     return
   fi
   local ended failures=0
+  confirm "create 1 TPU $type${spot:+ (spot)} named $name in $zone, and delete and recreate it \
+whenever it is lost"
+  yes=1  # ask only once
   while :; do
     create || return
-    yes=1  # ask only once
     ended=''
     setup && run && watch
     [[ $ended == 0 || $ended == 2 ]] && break  # success, or a mistake in the arguments

@@ -200,6 +200,9 @@ def test_nothing_that_costs_money_is_created_or_deleted_without_confirmation(clo
       [DESCRIBE, ['SUSPENDED'], 0]])
   assert code == 2 and 'delete r18, which is SUSPENDED, and create 1 TPU v5litepod-8 named' in told
   assert not verbs(calls)
+  code, _, told, calls = cloud('tpu_vm.sh', *(word for word in ALL if word != '--yes'), bids=[
+      [DESCRIBE, ['ACTIVE'], 0], ['ssh code', ['0'], 0]])  # it may have to be recreated later
+  assert code == 2 and 'set --yes' in told and 'delete and recreate it' in told and not calls
   code, _, told, calls = cloud('gke.sh', 'delete', '--name=r18')
   assert code == 2 and 'set --yes' in told and not calls
 
@@ -392,6 +395,8 @@ def test_a_local_dry_run_shows_the_processes_of_the_command(cloud, monkeypatch, 
     ('tpu_vm.sh', ['setup', *TPU, '--data=bucket'], "--data is 'bucket', must be gs://"),
     ('tpu_vm.sh', ['run', *TPU], 'no arguments for instdisc_jax.main: put them after --'),
     ('tpu_vm.sh', ['all', *TPU, '--', '--workdir=/home/run'], 'set --workdir=gs://BUCKET/FOLDER'),
+    ('tpu_vm.sh', ['all', *TPU, '--type=v5litepod-8', '--spot', '--direct', *RUN],
+     '--spot and --direct must not both be set for all'),
     ('gke.sh', ['run', '--name=R18'], "name is 'R18', must be lower-case letters"),
     ('gke.sh', ['run', '--name=r18'], 'no image: set --image=IMAGE'),
     ('gke.sh', GKE, 'no hardware: set --tpu=ACCELERATOR and --topology, or --gpu'),
