@@ -8,10 +8,10 @@ usage: launch/gke.sh COMMAND --name=NAME [OPTIONS] [-- ARGUMENTS]
 
 Commands
   run      create a JobSet with one process per host: python -m instdisc_jax.main ... ARGUMENTS
-           does nothing if a JobSet of that name exists
+           does nothing if a JobSet of that name is active
   tail     follow the output of the first host
   status   show the state of the JobSet and its pods
-  delete   stop the run, which saves first, and delete the JobSet; the nodes stay
+  delete   stop the run, wait until it has saved, and delete the JobSet; the nodes stay
 
 Options of run
   --image=IMAGE           container image with instdisc_jax, its configs, and JAX for the hardware
@@ -128,6 +128,7 @@ volumeAttributes: {bucketName: $(json "$bucket"), mountOptions: implicit-dirs}}}
 }
 
 run() {
+  local ended
   [[ -n $image ]] || fail "no image: set --image=IMAGE"
   [[ -n $tpu || -n $gpu ]] || fail "no hardware: set --tpu=ACCELERATOR and --topology, or --gpu"
   [[ -z $tpu || -z $gpu ]] || fail "--tpu=$tpu and --gpu=$gpu must not both be set: remove one"
@@ -139,7 +140,10 @@ run() {
   [[ -z $queue || $queue =~ ^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$ ]] ||
     fail "--queue is '$queue', must be lower-case letters, digits, '-' and '.': set --queue=QUEUE"
   check_hardware
-  if [[ -z $dry_run ]] && "${kubectl[@]}" get jobset "$name" >/dev/null 2>&1; then
+  if [[ -z $dry_run ]] && ended=$("${kubectl[@]}" get jobset "$name" \
+      '--output=jsonpath={.status.terminalState}' 2>/dev/null); then
+    [[ -z $ended ]] ||
+      fail "$name has ended ($ended): delete it first, launch/gke.sh delete --name=$name"
     echo "$name already exists: see launch/gke.sh status --name=$name"
     return
   fi
@@ -165,9 +169,9 @@ case $command in
   tail) show_or_run "${kubectl[@]}" logs --follow --tail=50 --container=train \
     "--selector=jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" ;;
   status)
-    show_or_run "${kubectl[@]}" get jobset "$name"
-    show_or_run "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" ;;
+    show_or_run "${kubectl[@]}" get jobset "$name" &&
+      show_or_run "${kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$name" ;;
   delete)
     confirm "stop $name and delete its JobSet"
-    show_or_run "${kubectl[@]}" delete jobset "$name" ;;
+    show_or_run "${kubectl[@]}" delete jobset "$name" --cascade=foreground --wait ;;
 esac

@@ -255,7 +255,8 @@ def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips
                '--', '--config=configs/fake.py', IN_BUCKET, '$(HOME)']
   code, _, _, calls = cloud('gke.sh', *arguments, bids=[['get jobset', [''], 1]])
   assert code == 0
-  assert calls[0] == ['kubectl', '--namespace=n', 'get', 'jobset', 'r18']
+  assert calls[0] == ['kubectl', '--namespace=n', 'get', 'jobset', 'r18',
+                      '--output=jsonpath={.status.terminalState}']
   assert calls[1][:-1] == ['kubectl', '--namespace=n', 'apply', '-f', '-']
   jobset = yaml.safe_load(calls[1][-1])
   spec = jobset['spec']['replicatedJobs'][0]['template']['spec']
@@ -276,12 +277,27 @@ def test_a_jobset_is_filled_in_and_applied_once(cloud, hardware, resource, chips
   assert pod['serviceAccountName'] == 's'
   code, shown, _, calls = cloud('gke.sh', *arguments)  # kubectl finds it
   assert code == 0 and 'r18 already exists' in shown and len(calls) == 1
+  code, _, told, calls = cloud('gke.sh', *arguments, bids=[['get jobset', ['Failed'], 0]])
+  assert code == 2 and len(calls) == 1
+  assert told == ('error: r18 has ended (Failed): delete it first, '
+                  'launch/gke.sh delete --name=r18\n')
   code, shown, _, calls = cloud('gke.sh', *arguments[:arguments.index('--')], '--dry-run',
                                 *arguments[arguments.index('--'):])
   first, _, rest = shown.partition('\n')
   assert code == 0 and not calls
   assert shlex.split(first) == ['kubectl', '--namespace=n', 'apply', '-f', '-']
   assert yaml.safe_load(rest) == jobset
+
+
+def test_a_deleted_jobset_has_saved_and_one_that_does_not_exist_has_no_status(cloud):
+  code, _, _, calls = cloud('gke.sh', 'delete', '--name=r18', '--yes')
+  assert code == 0 and calls == [
+      ['kubectl', 'delete', 'jobset', 'r18', '--cascade=foreground', '--wait']]
+  code, _, _, calls = cloud('gke.sh', 'status', '--name=r18', bids=[['get jobset', [''], 1]])
+  assert code == 1 and calls == [['kubectl', 'get', 'jobset', 'r18']]
+  code, _, _, calls = cloud('gke.sh', 'status', '--name=r18')
+  assert code == 0 and [call[:3] for call in calls] == [
+      ['kubectl', 'get', 'jobset'], ['kubectl', 'get', 'pods']]
 
 
 @pytest.mark.parametrize('script, options, topology', [
