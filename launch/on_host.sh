@@ -44,8 +44,10 @@ case $verb in
       exit
     fi
     rm -f run.code run.stopping
+    # A run that is stopped while it starts does not handle the signal yet, but has been stopped, too.
     # shellcheck disable=SC2016  # the inner shell expands these
-    setsid bash -c '"$@"; echo $? > run.code' run \
+    setsid bash -c '"$@"; code=$?; [[ $code == 0 || ! -e run.stopping ]] || code=75
+      echo $code > run.code' run \
       instdisc/bin/python -m instdisc_jax.main --distributed "$@" >run.log 2>&1 </dev/null &
     echo $! >run.pid ;;
   code)

@@ -207,25 +207,43 @@ def test_nothing_that_costs_money_is_created_or_deleted_without_confirmation(clo
   assert code == 2 and 'set --yes' in told and not calls
 
 
-def test_on_a_host_a_run_starts_once_saves_when_stopped_and_reports_its_code(tmp_path, monkeypatch):
+@pytest.fixture
+def on_host(tmp_path, monkeypatch):
+  """(words) -> what on_host.sh prints for them; its runs do what instdisc/bin/python says."""
   monkeypatch.setenv('HOME', str(tmp_path))
-  python = tmp_path / 'instdisc' / 'bin' / 'python'
-  python.parent.mkdir(parents=True)
-  python.write_text('#!/bin/bash\nprintf "%s|" "$@"; trap "sleep 1; echo saved; exit 75" TERM\n'
-                    'while :; do sleep 0.05; done\n')
+  (tmp_path / 'instdisc' / 'bin').mkdir(parents=True)
+  return lambda *words: subprocess.run(['bash', LAUNCH / 'on_host.sh', *words], text=True,
+                                       capture_output=True, timeout=60).stdout
+
+
+def start_on_host(on_host, folder, trap):
+  """Starts a run with that trap, and waits until it is set."""
+  python = folder / 'instdisc' / 'bin' / 'python'
+  python.write_text(f'#!/bin/bash\n{trap}\nprintf "%s|" "$@"\nwhile :; do sleep 0.05; done\n')
   python.chmod(0o755)
-  on_host = lambda *words: subprocess.run(['bash', LAUNCH / 'on_host.sh', *words], text=True,
-                                          capture_output=True, timeout=60).stdout
-  log = tmp_path / 'run.log'
-
-  def wait_for(words, answer):
-    end = time.monotonic() + 30
-    while words not in answer() and time.monotonic() < end:
-      time.sleep(0.05)
-    assert words in answer()
-
   assert on_host('start', '--workdir=a b') == ''
-  wait_for('|--workdir=a b|', log.read_text)
+  wait_for('|--workdir=a b|', (folder / 'run.log').read_text)
+
+
+def wait_for(words, answer):
+  end = time.monotonic() + 30
+  while words not in answer() and time.monotonic() < end:
+    time.sleep(0.05)
+  assert words in answer()
+
+
+@pytest.mark.parametrize('trap, code', [
+    ('', '75'), ('trap "exit 1" TERM', '75'),  # before it handles signals; without the other hosts
+    ('trap "exit 0" TERM', '0')])  # it was about to end
+def test_a_run_that_is_stopped_while_it_starts_has_not_failed(on_host, tmp_path, trap, code):
+  start_on_host(on_host, tmp_path, trap)
+  on_host('stop')
+  assert on_host('code') == f'{code}\n'
+
+
+def test_on_a_host_a_run_starts_once_saves_when_stopped_and_reports_its_code(on_host, tmp_path):
+  log = tmp_path / 'run.log'
+  start_on_host(on_host, tmp_path, 'trap "sleep 1; echo saved; exit 75" TERM')
   assert on_host('start', '--workdir=c') == 'already running\n'
   assert on_host('install', 'x') == 'a run is active: nothing installed\n'
   assert on_host('code') == ''
