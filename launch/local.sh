@@ -72,8 +72,17 @@ start() {  # ID: starts that process
   pids[$1]=$!
 }
 
+# shellcheck disable=SC2329  # the trap calls it
+interrupt() {  # the terminal sends SIGINT to every process, but those that still start ignore it
+  local pid
+  for pid in "${pids[@]}"; do
+    [[ $(cat "/proc/$pid/status") =~ SigIgn:[[:space:]]*([0-9a-f]+) ]] &&
+      ((0x${BASH_REMATCH[1]} & 2)) && kill -TERM "$pid"
+  done
+}
+
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap : INT  # the terminal sends it to every process
+trap 'interrupt 2>/dev/null' INT
 
 for ((id = 0; id < processes; id++)); do
   start "$id"

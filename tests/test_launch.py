@@ -1,11 +1,13 @@
 """The launch scripts, with stand-ins for the cloud commands on the PATH."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -413,6 +415,47 @@ def test_a_local_dry_run_shows_the_processes_of_the_command(cloud, monkeypatch, 
     assert words == ['env', 'JAX_PLATFORMS=cpu', 'JAX_NUM_CPU_DEVICES=4', sys.executable, '-m',
                      f'instdisc_jax.{command}', '--workdir=a b', coordinator, '--num_processes=2',
                      f'--process_id={i}', '--heartbeat_seconds=9']
+
+
+# Process 0 shows the signals that it gets, and saves; process 1 does not handle them yet.
+STARTING = '''#!{python} -IS
+import signal, sys, time
+if sys.argv[1] == '-c':  # asked for a port
+  sys.exit(print(1234))
+got = []
+if '--process_id=0' in sys.argv:
+  for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, lambda number, _: got.append(number))
+print('started', flush=True)
+while not got:
+  time.sleep(0.05)
+time.sleep(1)
+print(*[signal.Signals(number).name for number in got])
+sys.exit(75)
+'''
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_ctrl_c_ends_a_process_that_still_starts_and_is_one_signal_to_the_others(tmp_path, name):
+  python, number = tmp_path / 'python', getattr(signal, name)
+  python.write_text(STARTING.format(python=sys.executable))
+  python.chmod(0o755)
+  launcher = subprocess.Popen(
+      ['bash', LAUNCH / 'local.sh', '--', 'a'], env={**os.environ, 'PYTHON': str(python)},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+  try:
+    assert launcher.stdout.readline() == 'started\n'
+    if number == signal.SIGINT:
+      os.killpg(launcher.pid, number)  # as a terminal does
+    else:
+      launcher.send_signal(number)
+    shown, told = launcher.communicate(timeout=20)
+    assert shown == f'{name}\n'
+    assert told.startswith('process 1 of 2 died first (signal 15): ending the others\n')
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize('script, arguments, words', [
