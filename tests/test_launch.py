@@ -375,6 +375,18 @@ def test_a_jobset_may_wait_in_a_queue(cloud):
   assert labels == [{}, {'kueue.x-k8s.io/queue-name': 'team-a'}]
 
 
+def test_skypilot_sets_a_machine_up_again_whatever_the_source(cloud, tmp_path, monkeypatch):
+  yaml = pytest.importorskip('yaml')
+  (tmp_path / 'bin' / 'uv').symlink_to('gcloud')
+  (tmp_path / 'setup.sh').write_text(yaml.safe_load((LAUNCH / 'sky.yaml').read_text())['setup'])
+  monkeypatch.setenv('SOURCE', 'git+https://a/b')
+  code, _, _, calls = cloud(tmp_path / 'setup.sh')
+  assert code == 0 and calls == [
+      ['uv', 'venv', '--allow-existing', '--python', '3.11', '.venv'],
+      ['uv', 'pip', 'install', '--quiet', '--python', '.venv/bin/python', 'jax[cuda12]', 'gcsfs',
+       'git+https://a/b']]
+
+
 @pytest.mark.slow
 def test_skypilot_reads_its_task():
   sky = pytest.importorskip('sky', reason='skypilot is not installed')
