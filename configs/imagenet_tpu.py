@@ -6,7 +6,8 @@
 The learning rate scales with the batch (0.03 per 256 images), warms up over 10 epochs and then
 follows a cosine decay. Convolutions and the rows of the bank are in bfloat16; sums, parameters and
 statistics are in float32. The 1,281,167 rows are sharded over all chips. `launch/tpu_vm.sh` starts
-the run on all hosts and copies the data to them; docs/how-to/data.md describes how to prepare it.
+the run on all hosts and mounts a disk with the data there (`--data-disk`); docs/how-to/data.md
+describes how to prepare it.
 
 Cost: 200 epochs, 62,557 steps, intended for 32 to 256 chips. Not yet run: no result is known.
 """

@@ -126,7 +126,8 @@ SETTINGS = (
             'device, or streamed from the host', _one_of('auto', 'resident', 'stream')),
     Setting('dataset.resident_share', 0.25, 'share of the device memory up to which auto means '
             'resident', _within(0, 1), changeable=True),
-    Setting('dataset.workers', None, 'worker processes that read images; None: number of CPUs - 2',
+    Setting('dataset.workers', None, 'worker processes that read images; None: number of CPUs '
+            '- 2, at most 16',
             _at_least(0), int, changeable=True),
 
     Setting('model.name', 'resnet18_cifar', 'the encoder', _one_of(*MODELS)),
