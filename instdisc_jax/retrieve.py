@@ -1,8 +1,8 @@
 """Makes a search page from a trained encoder: images beside their nearest training images.
 
 The page is a folder that opens from disk and works offline. Click any image to make it the query.
-Other tabs hold a map of all images, groups of duplicates, outliers, and queries that are among the
-training images. Images can be labeled by click and key, and saved as labels.csv for `classify`.
+Other tabs hold a map of all images, groups of duplicates, outliers, and queries that also appear
+among the training images. Images can be labeled by click and key, and saved as labels.csv for `classify`.
 """
 
 from collections.abc import Sequence

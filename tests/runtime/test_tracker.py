@@ -77,7 +77,8 @@ def test_a_tracker_that_does_not_start_is_one_line(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', tracker.NAMES)
 def test_a_tracker_that_is_not_installed_is_one_line(name, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
-  with pytest.raises(errors.UserError, match=rf"{name}, which is not installed: .*'instdisc_jax\[{name}\]'"):
+  with pytest.raises(errors.UserError,
+                     match=rf"{name}, which is not installed: .*'instdisc_jax\[{name}\]'"):
     tracker.module(name)
 
 
