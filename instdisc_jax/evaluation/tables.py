@@ -411,7 +411,7 @@ def _draw_curves(axes, results):
   axes.set(xlabel='epoch', title='loss without the proximal term')
   axes.xaxis.get_major_locator().set_params(integer=True)
   axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))  # hides no line
+  axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
 
 
 def describe(config: config_lib.Config) -> str:
