@@ -2,7 +2,8 @@
 
 The page is a folder that opens from disk and works offline. Click any image to make it the query.
 Other tabs hold a map of all images, groups of duplicates, outliers, and queries that also appear
-among the training images. Images can be labeled by click and key, and saved as labels.csv for `classify`.
+among the training images. Images can be labeled by click and key, and saved as labels.csv for
+`classify`.
 """
 
 from collections.abc import Sequence
