@@ -24,7 +24,7 @@ _OUTLIERS = 0.01  # share of the rows that are listed as outliers
 _BY_CHANCE = 0.01  # share of the pairs above the threshold
 _LEAST = 0.5  # no pair below is ever a duplicate
 _ROUNDING = 4e-7  # squared distance within which rows are the same
-_CROWDED = 0.05  # share of the rows that may have 10 duplicates and more
+_CROWDED = 0.05  # share of the rows, besides copies, that may have 10 duplicates and more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +88,25 @@ def choose_threshold(similarity: Float[np.ndarray, 'N K']) -> float:
       than 10, the first 10 are used.
 
   Returns:
-    A cosine of at least 0.5; if nothing stands out, 1 + 1e-6 (no pairs).
+    A cosine of at least 0.5; if nothing stands out, 1 - 1e-6 for the identical ones or, without
+    any, 1 + 1e-6 (no pairs).
   """
   squared = 2 - 2 * similarity[:, :NEIGHBORS].astype(np.float64)
   distances = np.sqrt(np.maximum(squared, _ROUNDING))
   distance, (n, k) = np.sort(distances[:, 0]), distances.shape
   middle, last = distances[:, (k - 1) // 2], distances[:, -1]
-  spread = np.log(last / middle).mean()
+  copied = middle**2 <= 4 * _ROUNDING  # the same as five others: tells nothing of the dimension
+  spread = 0.0 if copied.all() else np.log(last / middle)[~copied].mean()
   if spread <= 0:
     return 1.0 - 1e-6  # all are identical, or there are only two
   power = (special.digamma(k) - special.digamma((k + 1) // 2)) / spread
-  last = np.maximum(last, np.quantile(last, _CROWDED))
+  last = np.maximum(last, np.quantile(last[~copied], _CROWDED))
   by_chance = distance ** power * (max(k - 1, 1) / last ** power).sum()
   observed = np.arange(1, n + 1)
   good = np.flatnonzero((by_chance <= _BY_CHANCE * observed)
                         & (distance <= np.sqrt(2 - 2 * _LEAST)))
   if not len(good):
-    return 1.0 + 1e-6
+    return 1.0 - 1e-6 if distance[0]**2 <= 4 * _ROUNDING else 1.0 + 1e-6
   # Halfway, in logarithms, to where one by chance would be enough.
   farthest = distance[good[-1]]
   limit = farthest * (_BY_CHANCE * observed[good[-1]] / by_chance[good[-1]]) ** (1 / power)

@@ -41,6 +41,24 @@ def test_duplicates_are_found_however_many_there_are(copies, noise):
   assert sum(map(len, groups)) <= 2 * copies * 1.02  # by chance, at most one in a hundred
 
 
+@pytest.mark.parametrize('copies', [8, 52, 100, 900])
+def test_copies_of_one_image_hide_no_other_duplicates(copies):
+  random = np.random.default_rng(copies)
+  unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype('f4')
+  rows = unit(random.normal(size=(1000, 32)))
+  rows[1:copies] = rows[0]
+  near = unit(rows[-10:] + 0.01 * random.normal(size=(10, 32)))
+  found = audit.examine(np.concatenate([rows, near]), rows[:1])
+  assert {frozenset(group) for group in found.groups} == {
+      frozenset(range(copies)), *(frozenset({990 + i, 1000 + i}) for i in range(10))}
+  assert [i for i, _, _ in found.leaks] == [0]
+
+
+def test_among_few_rows_identical_ones_are_duplicates_even_if_nothing_stands_out():
+  rows = np.tile(np.eye(4, 32, dtype='f4'), (3, 1))
+  assert audit.examine(rows).groups == [[i, i + 4, i + 8] for i in range(4)]
+
+
 def test_outliers_equal_brute_force():
   rows, _, _, _ = planted.draw(n=203)
   scores = rows.astype('f8') @ rows.T.astype('f8')
