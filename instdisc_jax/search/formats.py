@@ -111,11 +111,12 @@ def _write_parquet(file, found, maps):
   count, dim = found.embedding.shape
   flat = pyarrow.array(np.ascontiguousarray(found.embedding, np.float32).ravel())
   paths = found.path.tolist()
-  shown = [os.fsencode(path).decode(errors='backslashreplace') for path in paths]
+  text = lambda value: value and os.fsencode(value).decode(errors='backslashreplace')
   predicted = [found.prediction.get(path, (None, None)) for path in paths]
-  columns = {'path': shown, 'index': found.index,
-             'label': found.label or pyarrow.nulls(count, pyarrow.string()),
-             'prediction': pyarrow.array([label for label, _ in predicted], pyarrow.string()),
+  columns = {'path': [text(path) for path in paths], 'index': found.index,
+             'label': pyarrow.array([text(label) for label in found.label or [None] * count],
+                                    pyarrow.string()),
+             'prediction': pyarrow.array([text(label) for label, _ in predicted], pyarrow.string()),
              'confidence': pyarrow.array([value for _, value in predicted], pyarrow.float32()),
              'embedding': pyarrow.FixedSizeListArray.from_arrays(flat, dim)}
   x, y = projection.project_once(found.embedding, 0, maps).T

@@ -33,7 +33,7 @@ class Nearest:
 def search(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | None, k: int,
            own_row: Int[np.ndarray, ' Q'] | None = None,
            check: Callable[[], None] = lambda: None) -> Nearest:
-  """The nearest rows of each query, k or as many as there are.
+  """The nearest rows of each query, k or as many as there are, by this process's devices.
 
   Args:
     rows: [N, D] unit-norm.
@@ -42,7 +42,7 @@ def search(rows: Float[np.ndarray, 'N D'], queries: Float[np.ndarray, 'Q D'] | N
     own_row: [Q] the row that each query is, which is left out; None: none of them is one.
     check: called between chunks; an exception that it raises ends the search.
   """
-  mesh = mesh_lib.make()
+  mesh = mesh_lib.make(jax.local_devices())  # one process may search alone
   if queries is None:
     queries, own_row = rows, np.arange(len(rows))
   leave_out = np.full(len(queries), -1) if own_row is None else own_row

@@ -79,6 +79,17 @@ def test_pandas_reads_the_table(tmp_path):
     np.testing.assert_allclose(near['distances'], 1 - scores[i, near['ids']], atol=1e-5)
 
 
+def test_classes_that_are_not_utf_8_are_escaped_in_the_table(tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet', reason='pyarrow is not installed')
+  found, name = _embedded(), 'caf\udce9'
+  some = formats.Embedded(found.path, found.embedding, found.index, [name, 'b'] * 30,
+                          {found.path[0]: (name, 0.5)})
+  formats.write(tmp_path / 'e.parquet', some, tmp_path)
+  table = parquet.read_table(tmp_path / 'e.parquet')
+  assert table['label'].to_pylist() == ['caf\\xe9', 'b'] * 30
+  assert table['prediction'].to_pylist() == ['caf\\xe9'] + [None] * 59
+
+
 def test_the_table_s_embeddings_have_a_fixed_size(tmp_path):
   parquet = pytest.importorskip('pyarrow.parquet', reason='pyarrow is not installed')
   for n in (1, 2, 60):

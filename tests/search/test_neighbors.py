@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -34,6 +35,14 @@ def test_a_row_is_not_its_own_neighbor_and_there_are_no_more_than_the_others(row
 def test_a_query_that_is_no_row_may_find_any(rows):
   nearest = neighbors.search(rows, rows[[3, 5]], 100)
   assert nearest.row.shape == (2, 60) and nearest.row[:, 0].tolist() == [3, 5]
+
+
+def test_one_process_searches_alone_among_several(rows, monkeypatch):
+  alone, mesh, made = neighbors.search(rows, None, 4), neighbors.mesh_lib.make, []
+  monkeypatch.setattr(neighbors.mesh_lib, 'make', lambda *of: made.append(mesh(*of)) or made[-1])
+  monkeypatch.setattr(jax, 'local_devices', lambda: jax.devices()[:3])  # the others are elsewhere
+  np.testing.assert_array_equal(neighbors.search(rows, None, 4).row, alone.row)
+  assert [m.devices.tolist() for m in made] == [jax.devices()[:3]]
 
 
 def test_a_search_is_stopped_between_chunks(rows):
