@@ -5,6 +5,7 @@ labeled images most like it. The accuracy is estimated by leave-one-out.
 """
 
 from collections.abc import Sequence
+import math
 import pathlib
 import sys
 
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                              setting='--output')
     if args.suggest < 0:
       raise errors.UserError(f'--suggest is {args.suggest}', 'at least 0', setting='--suggest')
+    old = labeling.suggestions(output)
+    if args.suggest and old.exists() and not labeling.is_suggestions(old):
+      raise errors.UserError(f"'{old}' exists and holds more than suggestions", setting='--output',
+                             remedy='rename it, or set <--output> to a new file')
     task = labeling.prepare(pathlib.Path(args.labels), args.workdir, args.images,
                             args.on_unreadable)
     with preemption.Watch() as watch:
@@ -66,8 +71,9 @@ def _show(found, output):
         f'{len(fitted.class_names)} classes; {found.num_unknown:,} are like no labeled one')
   curve = ''.join(f', {accuracy:.3f} with {count}' for count, accuracy in reversed(found.curve))
   print(f'accuracy by leave-one-out: {fitted.accuracy:.3f} with {len(fitted.label)} labels '
-        f'(raw pixels: {found.pixels:.3f}){curve}; the confidence is off by '
-        f'{fitted.calibration_error:.3f} on average')
+        f'(raw pixels: {found.pixels:.3f}){curve}'
+        + ('' if math.isnan(fitted.calibration_error) else
+           f'; the confidence is off by {fitted.calibration_error:.3f} on average'))
   if found.suggested:
     print(f'{labeling.suggestions(output)}: {len(found.suggested)} images worth labeling next, '
           f"the first '{found.suggested[0]}'")

@@ -6,6 +6,7 @@ chooses K, calibrates the confidence, and gives the accuracy.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import os
 import pathlib
 from typing import Any
@@ -22,9 +23,12 @@ from instdisc_jax.runtime import errors
 METHODS = ('knn', 'linear')
 SHOWN = 3  # nearest labeled images of each prediction
 _KS = (1, 3, 5, 10, 20)
-_FOLDS = 10  # of the linear classifier's leave-out, which would be slow one by one
+_FOLDS = 10  # of what would be slow to leave out one by one
 _TYPICAL = 20  # neighbors whose mean similarity makes an image typical
 _MOST_CLUSTERED = 20_000  # images among which the next to label are chosen
+_MOST_KNOWN = 2_000  # labeled ones among them
+_LEAST_CALIBRATED = 100  # labels from which the calibration can be judged
+_PER_BIN = 50  # labels in a bin of equal confidence, which keeps its noise below 0.06
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,9 @@ class Classifier:
     temperature: τ of the vote.
     calibration: (intercept, weight of the margin, weight of the similarity) of a logistic model.
     least_similarity: of an image that is not unknown.
-    accuracy: by leave-one-out.
-    calibration_error: mean absolute difference of confidence and accuracy, by leave-one-out.
+    accuracy: by leave-one-out, with the best k.
+    calibration_error: mean absolute difference of confidence and accuracy, by cross-validation; NaN
+      with fewer than 100 labels, too few to tell.
     weights: [D + 1, C] of the linear classifier, the last row its intercepts; else None.
   """
   class_names: tuple[str, ...]
@@ -122,8 +127,10 @@ def fit(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str], names: Seque
     temperature: τ of the vote.
 
   Raises:
-    errors.UserError: there are fewer than two classes.
+    errors.UserError: there are fewer than two classes, or there is no such method.
   """
+  if method not in METHODS:
+    raise errors.UserError(f"method is '{method}'", f'one of {", ".join(METHODS)}')
   class_names = tuple(sorted(set(labels)))
   if len(class_names) < 2:
     raise errors.UserError(f'the labels name {len(class_names)} class'
@@ -136,17 +143,21 @@ def fit(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str], names: Seque
     scores, weights = _linear_left_out(embedding, label, len(class_names)), _linear(
         embedding, label, len(class_names))
   else:
-    votes = {k: _vote(similarity, label[nearest], k, temperature, len(class_names))
-             for k in _KS if k <= similarity.shape[1]}
-    k = max(votes, key=lambda k: (np.mean(_decide(votes[k])[0] == label), -k))
-    scores = votes[k]
+    k, scores = _best_vote(similarity, nearest, label, temperature, len(class_names))
   found, margin = _decide(scores)
   correct = found == label
   calibration = _calibrate(margin, similarity[:, 0], correct)
-  confidence = _confidence(calibration, margin, similarity[:, 0])
   return Classifier(class_names, embedding, label, tuple(names), method, k, temperature,
                     calibration, float(similarity[:, 0].min()), float(correct.mean()),
-                    calibration_error(confidence, correct), weights)
+                    _judge_calibration(margin, similarity[:, 0], correct), weights)
+
+
+def _best_vote(similarity, nearest, label, temperature, classes):
+  """(the k by which the most of n images are classified right, [n, C] shares of its votes)."""
+  votes = {k: _vote(similarity, label[nearest], k, temperature, classes)
+           for k in _KS if k <= similarity.shape[1]}
+  k = max(votes, key=lambda k: (np.mean(_decide(votes[k])[0] == label), -k))
+  return k, votes[k]
 
 
 def learning_curve(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str],
@@ -168,8 +179,10 @@ def learning_curve(embedding: Float[np.ndarray, 'n D'], labels: Sequence[str],
       if method == 'linear':
         scores = _linear_of_some(embedding[few], label[few], embedding[rest], classes)
       else:
-        similarity, nearest = _nearest(embedding[rest], embedding[few], _KS[2])
-        scores = _vote(similarity, label[few][nearest], _KS[2], temperature, classes)
+        others = _nearest(embedding[few], embedding[few], max(_KS), without_own=True)
+        k, _ = _best_vote(*others, label[few], temperature, classes)
+        similarity, nearest = _nearest(embedding[rest], embedding[few], k)
+        scores = _vote(similarity, label[few][nearest], k, temperature, classes)
       found.append(np.mean(_decide(scores)[0] == label[rest]))
     points.append((count, float(np.mean(found))))
   return points
@@ -189,7 +202,8 @@ def suggest(embedding: Float[np.ndarray, 'N D'], labeled: Int[np.ndarray, ' n'],
     labeled: [n] the labeled ones among them.
     confidence: [N] of their predicted labels.
     count: how many.
-    seed: of the clustering, and of the choice of 20,000 images if there are more.
+    seed: of the clustering, and of the choice of 20,000 images, and 2,000 labeled ones, if there
+      are more.
 
   Returns:
     [m] indices of at most `count` images without a label, the most useful first.
@@ -197,8 +211,11 @@ def suggest(embedding: Float[np.ndarray, 'N D'], labeled: Int[np.ndarray, ' n'],
   is_labeled = np.zeros(len(embedding), bool)
   is_labeled[labeled] = True
   pool = np.flatnonzero(~is_labeled)
+  random = np.random.RandomState(seed)
   if len(pool) > _MOST_CLUSTERED:
-    pool = np.sort(np.random.RandomState(seed).permutation(pool)[:_MOST_CLUSTERED])
+    pool = np.sort(random.permutation(pool)[:_MOST_CLUSTERED])
+  if len(labeled) > _MOST_KNOWN:
+    labeled = np.sort(random.permutation(labeled)[:_MOST_KNOWN])
   count = min(count, len(pool))
   chosen = np.concatenate([pool, labeled]).astype(int)
   clusters = min(count + len(labeled), len(chosen))
@@ -258,6 +275,18 @@ def _calibrate(margin, similarity, correct):
   model = linear_model.LogisticRegression().fit(np.stack([margin, similarity], axis=1), correct)
   of_margin, of_similarity = model.coef_[0]
   return float(model.intercept_[0]), float(of_margin), float(of_similarity)
+
+
+def _judge_calibration(margin, similarity, correct):
+  """The calibration error of labels that the calibration has not seen; NaN if there are few."""
+  if len(correct) < _LEAST_CALIBRATED:
+    return math.nan
+  confidence = np.zeros(len(correct))
+  folds = model_selection.KFold(_FOLDS, shuffle=True, random_state=0)
+  for rest, left_out in folds.split(confidence):
+    fitted = _calibrate(margin[rest], similarity[rest], correct[rest])
+    confidence[left_out] = _confidence(fitted, margin[left_out], similarity[left_out])
+  return calibration_error(confidence, correct, min(10, len(correct) // _PER_BIN))
 
 
 def _confidence(calibration, margin, similarity):

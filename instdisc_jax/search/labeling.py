@@ -105,7 +105,10 @@ def run(model: inference.Model, task: Task, output: pathlib.Path, method: str = 
     chosen = classifier.suggest(features, rows, found.confidence, suggest)
     suggested = [names[i] for i in chosen]
     text = ''.join(f'{_quoted(name)}\n' for name in ['path', *suggested])
-    files.write(suggestions(output), text)
+    try:
+      files.write(suggestions(output), text)
+    except OSError as e:
+      raise errors.cannot_write(suggestions(output), e, '--output') from e
   views = model.engine.views(source.subset(rows, 'labeled'), _PIXEL_SIDE)
   pixels = views.reshape(len(rows), -1).astype(np.float32)
   alike = classifier.fit(linalg.unit(pixels - pixels.mean(axis=0)), given, [''] * len(rows),
@@ -160,6 +163,15 @@ def read(file: pathlib.Path, names: Sequence[str],
 def is_predictions(file: pathlib.Path) -> bool:
   """Whether `classify` wrote a file, which it may then replace."""
   return files.is_table(file, COLUMNS)
+
+
+def is_suggestions(file: pathlib.Path) -> bool:
+  """Whether `classify --suggest` wrote a file to which nobody has added labels."""
+  try:
+    with file.open(newline='', encoding='utf-8', errors='replace') as lines:
+      return next(lines, '').strip() == 'path' and all(len(row) == 1 for row in csv.reader(lines))
+  except (OSError, csv.Error):
+    return False
 
 
 def read_predictions(file: pathlib.Path) -> dict[str, tuple[str, float]]:

@@ -60,6 +60,23 @@ def test_confidence_is_about_the_share_that_is_right(method, classes):
   assert classifier.calibration_error(found.confidence, right) < 0.08
 
 
+@pytest.mark.parametrize('method', classifier.METHODS)
+def test_calibration_is_judged_by_labels_that_it_has_not_seen(method):
+  errors_of = []
+  for seed in range(5):
+    x, label = _clusters(classes=2, size=150, spread=0.55)
+    label = np.random.default_rng(seed).permutation(label)  # nothing can be learned
+    errors_of.append(_fit(x, label, method=method).calibration_error)
+  assert np.mean(errors_of) < 0.09 and min(errors_of) > 0
+  assert np.isnan(_fit(x[::4], label[::4], method=method).calibration_error)  # too few to tell
+
+
+def test_an_unknown_method_is_refused():
+  x, label = _clusters(classes=2, size=4)
+  with pytest.raises(errors.UserError, match="method is 'tree', must be one of knn, linear"):
+    _fit(x, label, method='tree')
+
+
 def test_a_linear_classifier_leaves_images_out_where_a_class_may_vanish():
   x, label = _clusters(classes=3, size=4)
   kept = [*range(9)]  # the last class has one image
@@ -118,6 +135,21 @@ def test_suggestions_are_new_and_reach_every_cluster():
   assert len(set(label[chosen]) | {0, 1}) == 8
   everything = classifier.suggest(x, labeled, fitted.predict(x).confidence, 10_000)
   assert sorted([*everything, *labeled]) == list(range(len(x)))
+
+
+def test_suggestions_among_many_labels_are_made_of_some(monkeypatch):
+  monkeypatch.setattr(classifier, '_MOST_KNOWN', 10)
+  x, label = _clusters(classes=8, size=40, spread=0.1)
+  labeled = np.flatnonzero((label < 7) & (np.arange(len(x)) % 2 > 0))
+  confidence = np.where(label == 7, 0.2, 0.9)
+  chosen = classifier.suggest(x, labeled, confidence, 3)
+  assert not set(chosen) & set(labeled) and 7 in label[chosen]
+
+
+def test_few_labels_vote_by_fewer_neighbors():
+  x, label = _clusters(classes=8, size=8, spread=0.1)
+  (count, accuracy), *_ = classifier.learning_curve(x, [f'class {c}' for c in label])
+  assert count == 16 and accuracy > 0.75  # two of a class: five neighbors would outvote them
 
 
 def test_more_labels_are_better():

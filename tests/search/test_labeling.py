@@ -54,6 +54,21 @@ def test_the_command_labels_every_image(trained_folder, tmp_path, capsys):
   assert '5 images worth labeling next' in shown
 
 
+def test_labels_added_to_the_suggestions_are_not_overwritten(trained_folder, tmp_path, capsys):
+  images, workdir, _ = trained_folder
+  names, old = _names(images), tmp_path / 'predictions-suggested.csv'
+  labels = _labels(tmp_path, names[::3])
+  old.write_text('path\n"a, b.png"\n')  # of an earlier call
+  assert _run(workdir, labels, tmp_path, '--suggest=2')[0] == 0
+  for text in 'path,label\n1.png,cat\n', 'path\n1.png,cat\n2.png\n', 'name\n1.png\n':
+    old.write_text(text)
+    assert _run(workdir, labels, tmp_path, '--suggest=2')[0] == 2
+    assert "-suggested.csv' exists and holds more than suggestions" in capsys.readouterr().err
+    assert old.read_text() == text
+  assert _run(workdir, labels, tmp_path)[0] == 0  # which suggests nothing
+  assert old.read_text() == text
+
+
 def test_a_file_beside_the_images_and_other_images(trained_folder, tmp_path):
   images, workdir, _ = trained_folder
   (tmp_path / 'some').mkdir()
