@@ -124,8 +124,8 @@ def measure(model: Any, starts: Mapping[str, Callable[[int], dict[str, Any]]], t
       top5 = float(np.mean([top5 for _, top5 in found])) if num_classes > 5 else None
       rows.append({'labels': share, 'images': len(chosen), 'start': name, 'top1': mean,
                    'top5': top5, 'interval': half})
-  supervised.forget(done)
   yield from rows
+  supervised.forget(done)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -189,7 +189,8 @@ class Tuner:
 
   Args:
     config: the run's configuration.
-    encoder: a Linen module that exposes 'pooled', see `layers.show`.
+    encoder: a Linen module that exposes 'pooled', see `layers.show`; its batch norm is
+      synchronized, for a device may have few images of a batch, or only one.
     mesh: the device mesh.
     size: (height, width) of the views.
     num_classes: C.
@@ -201,7 +202,7 @@ class Tuner:
                size: tuple[int, int], num_classes: int, recipe: Recipe = Recipe(),
                central_size: tuple[int, int] | None = None):
     self.mesh, self.recipe = mesh, recipe
-    self._config, self._encoder, self.size = config, encoder, size
+    self._config, self._encoder, self.size = config, encoder.clone(batch_norm_axis=AXIS), size
     self._num_classes, self._central_size = num_classes, central_size
     self._steps: dict[Any, Any] = {}
     self.start = jax.jit(self._begin, out_shardings=NamedSharding(mesh, P()))
@@ -253,8 +254,6 @@ class Tuner:
     mine = jax.tree.map(lambda w: lax.pcast(w, AXIS, to='varying'), state.weights)
     (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(mine)
     gradient = lax.psum(gradient, AXIS)
-    if not config.model.sync_batch_norm:
-      statistics = lax.pmean(statistics, AXIS)
     momentum = jax.tree.map(lambda v, g, w: 0.9 * v + g + recipe.weight_decay * w, state.momentum,
                             gradient, state.weights)
     rate = recipe.rate(state.step, end)

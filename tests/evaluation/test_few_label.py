@@ -48,8 +48,7 @@ def _model(num_devices=8):
   """An encoder of random weights, and the engine that runs it."""
   config = small_config()
   config.augment.update(hue=0.0, grayscale=0.0)
-  config.model.sync_batch_norm = True
-  encoder = models.create('resnet10_cifar', width=2, embedding_dim=16, batch_norm_axis='data')
+  encoder = models.create('resnet10_cifar', width=2, embedding_dim=16)
   mesh = mesh_lib.make(jax.devices()[:num_devices])
   init = jax.jit(functools.partial(encoder.init, train=False))
   variables = jax.device_get(init(jax.random.key(0), np.zeros((1, 16, 16, 3))))
@@ -102,6 +101,17 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
       job, None, *rest))  # it does not begin again
   assert _measure(model, tmp_path / 'b', recipe=SHORT) == expected
   assert [job.title for job in trained] == ['fine-tuning 2 of 2']
+
+
+def test_results_are_kept_until_they_have_been_recorded(tmp_path):
+  one = dataclasses.replace(SHORT, shares=(0.25, 0.5), seeds=(0,))
+  measure = lambda: few_label.measure(
+      model, {'random': lambda _: model.variables}, train, test, (train.labels, test.labels),
+      num_classes=2, folder=tmp_path, watch=preemption.Watch(), recipe=one)
+  model, (train, test) = _model(), _pictures()
+  first = next(measure())  # and the process dies
+  assert len(list(tmp_path.iterdir())) == 2
+  assert [row['top1'] for row in measure()][0] == first['top1'] and not list(tmp_path.iterdir())
 
 
 def test_the_number_of_devices_changes_nothing(tmp_path, monkeypatch):
