@@ -15,7 +15,7 @@ from instdisc_jax.runtime import distributed, preemption
 from instdisc_jax.runtime import mesh as mesh_lib
 from instdisc_jax.training.state import Setup, TrainState
 
-_PIXEL_SIDE = 32  # side of the views of images in files, for kNN with raw pixels
+_PIXEL_SIDE = 32  # the largest side of images for kNN with raw pixels
 _MOST_PIXEL_ROWS = 200_000  # at 12 KiB each
 _MOST_QUERIES = 50_000  # among training images, if none are held out
 FEW_ROWS = 50_000  # images up to which the start is measured before training, not after it
@@ -114,10 +114,9 @@ class Evaluator:
   def pixels(self) -> float | None:
     """kNN top-1 with mean-centered raw pixels as features; None without labels.
 
-    Images in files are reduced to 32 x 32 views; None if there are too many of them.
+    Images in files and larger ones are reduced to 32 x 32 views; None if there are too many.
     """
-    if not self.has_labels or (not isinstance(self._train.files, np.ndarray)
-                               and len(self._train) > _MOST_PIXEL_ROWS):
+    if not self.has_labels or len(self._train) > _MOST_PIXEL_ROWS:
       return None
     flat = self._pixels(self._train)
     mean = flat.mean(axis=0)
@@ -135,8 +134,9 @@ class Evaluator:
     return knn.recall(found, exact)
 
   def _pixels(self, images):
-    pixels = (images.files if isinstance(images.files, np.ndarray)
-              else self._engine.views(images, _PIXEL_SIDE))
+    as_they_are = (isinstance(images.files, np.ndarray)
+                   and max(images.files.shape[1:3]) <= _PIXEL_SIDE)
+    pixels = images.files if as_they_are else self._engine.views(images, _PIXEL_SIDE)
     return pixels.reshape(len(images), -1).astype(np.float32)
 
   def _search(self, queries, bank, search=None) -> tuple[Any, Any]:

@@ -81,6 +81,12 @@ def read(workdir: files.Place) -> dict[str, Any] | None:
   return json.loads(path.read_text()) if path.exists() else None
 
 
+def nothing_trained(workdir: files.Place) -> bool:
+  """Whether no run has left measurements: its checkpoint, if any, is imported, see `convert`."""
+  return bool(distributed.agree(np.array(
+      jax.process_index() == 0 and not (workdir / START).exists() and not metrics.read(workdir))))
+
+
 def measure_start(workdir: files.Place, evaluator: Evaluator, state: TrainState) -> str:
   """Measures what training has to improve on, writes start.json, and says it in a line.
 

@@ -5,6 +5,7 @@ import pytest
 
 from instdisc_jax import config as config_lib
 from instdisc_jax import convert, experiment, models
+from instdisc_jax.evaluation import summary as summary_lib
 from instdisc_jax.interop import layouts, safe_pickle
 from instdisc_jax.runtime import checkpoint, errors, workdir
 from instdisc_jax.runtime import mesh as mesh_lib
@@ -209,15 +210,18 @@ def test_weights_alone_are_trained_with_any_optimizer(tmp_path, monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (128, SIDE, SIDE, 3), dtype=np.uint8)
   np.savez(tmp_path / 'images.npz', images=images)  # without labels there is little to evaluate
   config = _config([tmp_path / 'images.npz'])
-  state_dict = layouts.to_torchvision(
-      weights.variables(config.model.name, 2, D), config.model.name)
+  variables, measured = weights.variables(config.model.name, 2, D), []
+  state_dict = layouts.to_torchvision(variables, config.model.name)
   monkeypatch.setattr(safe_pickle, 'read_file', lambda file: state_dict)
+  monkeypatch.setattr(summary_lib, 'measure_start', lambda _, evaluator, state: measured.append(
+      jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})))
   lines = importing.import_checkpoint('file.pth', tmp_path / 'run')
   assert lines[-1] == 'optimizer: starts anew'
   config.optimizer.name, config.steps = 'adamw', 1
   config.model.name = workdir.read(tmp_path / 'run')[0]['model.name']
   summary = experiment.run(config, tmp_path / 'run', jax.devices()[:1])
   assert summary['steps'] == 1 and np.isfinite(summary['final_loss'])
+  weights.assert_same(*measured, variables)  # what training has to improve on
 
 
 def test_a_bank_of_other_data_is_refused(tmp_path, monkeypatch):
