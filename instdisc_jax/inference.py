@@ -54,6 +54,9 @@ def load(workdir: str | os.PathLike[str], features: str | None = None,
 
 def _of_file(file, features, check):
   """A `Model` with the weights of a file."""
+  if jax.process_count() > 1:
+    raise errors.UserError(f"'{file}' can be opened by one process only", setting='--workdir',
+                           remedy='convert it first, and set <--workdir> to that folder')
   folder = tempfile.TemporaryDirectory(prefix='instdisc-')
   found, *_ = importing.import_checkpoint(file, folder.name)
   model = Model(folder.name, _config(folder.name), features, check)
@@ -328,16 +331,8 @@ class Model:
     if listing is None or images.names is None or not self.has_bank:
       return np.full(len(images), -1, np.int32)
     rows = folder.rows_of(listing, images.names, sizes)
-    own = folder.Files(os.path.expanduser(self.config.dataset.name.partition(':')[2]),
-                       list(images.names))
-    if os.path.realpath(own.root) != os.path.realpath(images.files.root):
-      for i in np.flatnonzero(rows >= 0):
-        try:
-          same = own[i] == images.files[i]
-        except OSError:
-          same = False
-        rows[i] = rows[i] if same else -1
-    return rows
+    return folder.only_same(rows, images.names, images.files.root,
+                            self.config.dataset.name.partition(':')[2])
 
   def digest(self) -> str:
     """SHA-256 of the weights."""

@@ -90,6 +90,29 @@ def test_a_grown_folder_continues_from_the_rows_of_a_run(one_renamed, tmp_path):
   assert all(np.abs(new['redless/zz.png'] - row).max() > 1e-4 for row in old.values())
 
 
+def test_another_folder_s_images_of_the_same_names_and_sizes_are_others(tmp_path):
+  files = [tmp_path / place / f'{i}.bmp' for place in ('old', 'new') for i in range(3)]
+  for n, file in enumerate(files):
+    file.parent.mkdir(exist_ok=True)
+    Image.new('RGB', (9, 9), (40 * n, 0, 0)).save(file)
+  shutil.copy(files[1], files[4])
+  names = ['0.bmp', '1.bmp', '2.bmp']
+  old, new = str(tmp_path / 'old'), str(tmp_path / 'new')
+  only = lambda root, other: folder_lib.only_same(np.array([2, 0, -1]), names, root, other).tolist()
+  assert only(old, old) == [2, 0, -1] and only(new, old) == [-1, 0, -1]
+  assert only(new, str(tmp_path / 'gone')) == [-1, -1, -1]
+
+
+def test_features_are_those_of_the_folder_even_if_images_are_kept_in_memory(tmp_path):
+  for place, color in (('old', 'red'), ('new', 'blue')):
+    (tmp_path / place).mkdir()
+    Image.new('RGB', (9, 9), color).save(tmp_path / place / '0.bmp')
+  of = [folder_lib.load(tmp_path / place, 'error')[0] for place in ('old', 'new')]
+  kept = [images.in_memory() for images in of]
+  assert of[0].fingerprint == of[1].fingerprint
+  assert kept[0].identity() == of[0].identity() != kept[1].identity() == of[1].identity()
+
+
 def _write_noise(folder, count):
   folder.mkdir()
   for i in range(count):

@@ -114,6 +114,13 @@ def test_wrong_calls_are_named(model, tmp_path):
     instdisc_jax.load(tmp_path)
 
 
+def test_a_file_of_weights_is_opened_by_one_process(tmp_path, monkeypatch):
+  (tmp_path / 'weights.pth').touch()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(errors.UserError, match='weights.pth. can be opened by one process only: con'):
+    instdisc_jax.load(tmp_path / 'weights.pth')
+
+
 def test_images_that_were_added_since_are_left_out_with_a_warning(trained_folder, tmp_path, capsys):
   images, workdir, _ = trained_folder
   shutil.copytree(images, tmp_path / 'images')

@@ -206,6 +206,29 @@ def rows_of(listing: Mapping[str, Any], names: Sequence[str],
   return np.array([row.get(name, -1) if known(name) else -1 for name in names], np.int32)
 
 
+def only_same(rows: Int[np.ndarray, ' n'], names: Sequence[str], root: str,
+              other: str) -> Int[np.ndarray, ' n']:
+  """`rows` with -1 for files that differ from those of the same names below another folder.
+
+  Args:
+    rows: [n] the bank row of each image in a run on the other folder, or -1.
+    names: [n] paths.
+    root: the folder of the images.
+    other: the folder of the run.
+  """
+  mine, theirs = (Files(os.path.expanduser(place), list(names)) for place in (root, other))
+  if os.path.realpath(mine.root) == os.path.realpath(theirs.root):
+    return rows
+  rows = rows.copy()
+  for i in np.flatnonzero(rows >= 0):
+    try:
+      same = mine[i] == theirs[i]
+    except OSError:
+      same = False
+    rows[i] = rows[i] if same else -1
+  return rows
+
+
 def _known(root, found, listing, workdir):
   """The files that an earlier run knows; warns of others."""
   added = sorted(found.keys() - listing['files'].keys())
@@ -272,7 +295,7 @@ def _classes(root, paths):
 
 def _read_labels(file):
   try:
-    with open(file, newline='', encoding='utf8') as lines:
+    with open(file, newline='', encoding='utf-8-sig') as lines:
       rows = [row for row in csv.reader(lines) if row]
   except (OSError, ValueError, csv.Error) as e:
     raise errors.UserError(f"'{file}' cannot be read ({e})", None,
@@ -283,4 +306,13 @@ def _read_labels(file):
                            + ('' if len(wrong) == 1 else 's'), 'path,label',
                            'correct it, or remove the file to train without labels',
                            'dataset.name')
-  return {name.strip(): label.strip() for name, label in rows}
+  found = {}
+  for name, label in ((name.strip(), label.strip()) for name, label in rows):
+    if not label:
+      raise errors.UserError(f"'{file}' has no label for '{name}'", 'path,label',
+                             'add it, or remove the file to train without labels', 'dataset.name')
+    if found.setdefault(name, label) != label:
+      raise errors.UserError(f"'{file}' labels '{name}' as '{found[name]}' and '{label}'",
+                             'one label for each image', 'remove one of the lines',
+                             'dataset.name')
+  return found

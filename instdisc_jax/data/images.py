@@ -33,6 +33,7 @@ class Images:
     shape: (H, W, 3) if all are known to have the same size, else None.
     tags: [N, C] int8 for images that may show several classes: 1 for those that an image shows, 0
       for others, -1 where this does not count; or None.
+    origin: what else tells the source from others with the same fingerprint, see `identity`.
   """
   files: Any
   labels: Int[np.ndarray, ' N'] | None
@@ -40,13 +41,15 @@ class Images:
   names: Sequence[str] | None = None
   shape: tuple[int, ...] | None = None
   tags: Int8[np.ndarray, 'N C'] | None = None
+  origin: str = ''
 
   def __len__(self) -> int:
     return len(self.files)
 
   def identity(self) -> str:
     """The fingerprint; for files on disk, also their location and modification times."""
-    return self.fingerprint + (f' {self.files.stamp()}' if hasattr(self.files, 'stamp') else '')
+    origin = self.files.stamp() if hasattr(self.files, 'stamp') else self.origin
+    return f'{self.fingerprint} {origin}' if origin else self.fingerprint
 
   def name(self, i: int) -> str:
     """The name of image i in messages."""
@@ -114,7 +117,8 @@ class Images:
             f'{images.shape[1]} x {images.shape[2]} like the others to be kept on the device',
             setting='dataset.path', remedy='set <dataset.path>=stream')
       images[i] = image
-    return dataclasses.replace(self, files=images, shape=images.shape[1:])
+    origin = self.files.stamp() if hasattr(self.files, 'stamp') else self.origin
+    return dataclasses.replace(self, files=images, shape=images.shape[1:], origin=origin)
 
   def one_by_one(self) -> 'Images':
     """The same images, of which an array is a sequence of images too: they are cropped on the host.

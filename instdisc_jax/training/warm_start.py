@@ -85,9 +85,10 @@ def with_rows(state: TrainState, place: str, dataset: data.Dataset,
               mesh: jax.sharding.Mesh) -> TrainState:
   """A fresh state that inherits the bank of an earlier run.
 
-  Images known to the earlier run keep their rows (files are matched by path and size, other data by
-  the fingerprint of the full set); new images get their embeddings as rows. Class weights are
-  inherited too if both runs have them. Every process holds the rows of its own devices only.
+  Images known to the earlier run keep their rows; new images get their embeddings as rows. Files
+  are matched by path and size and, if the earlier run's folder is another that is still there, by
+  content; other data by the fingerprint of the full set. Class weights are inherited too if both
+  runs have them. Every process holds the rows of its own devices only.
 
   Args:
     state: a state that already has its weights, see `with_weights`.
@@ -161,7 +162,12 @@ def take_rows(mesh: jax.sharding.Mesh) -> Any:
 def _known_rows(place: str, dataset: data.Dataset) -> Any:
   """[N] the row that each image had in the earlier run, or -1; `_ALL` if all are the same."""
   old, new = folder.read(place), dataset.listing
+  settings, fingerprint = workdir_lib.read(place)
   if old is None or new is None or dataset.train.names is None:
-    _, fingerprint = workdir_lib.read(place)
     return _ALL if fingerprint == dataset.train.fingerprint else None
-  return folder.rows_of(old, dataset.train.names, new['files'])
+  rows = folder.rows_of(old, dataset.train.names, new['files'])
+  before, now = (name.partition(':')[2]
+                 for name in (settings.get('dataset.name', ''), dataset.name))
+  if not os.path.isdir(os.path.expanduser(before)):
+    return rows  # it has been moved
+  return folder.only_same(rows, dataset.train.names, now, before)

@@ -51,6 +51,13 @@ def test_an_image_at_the_root_means_no_labels_unless_there_is_a_list(tmp_path, c
   (tmp_path / 'labels.csv').write_text('3.png,dog\n')
   assert _load(tmp_path).train.labels is None
   assert "no line for 2 of the 3 images (first: 'a/1.png')" in capsys.readouterr().err
+  (tmp_path / 'labels.csv').write_text('\ufeffa/1.png,cat\n3.png,dog\nb/2.png,dog\n')
+  assert _load(tmp_path).class_names == ('cat', 'dog')
+  for more, fault in (('3.png,cat', "labels '3.png' as 'dog' and 'cat', must be one label"),
+                      ('3.png,', "has no label for '3.png', must be path,label")):
+    (tmp_path / 'labels.csv').write_text(f'a/1.png,cat\n3.png,dog\nb/2.png,dog\n{more}\n')
+    with pytest.raises(errors.UserError, match=fault):
+      _load(tmp_path)
   (tmp_path / 'labels.csv').write_text('3.png\n')
   with pytest.raises(errors.UserError, match="'3.png' in '.*' has 1 value, must be path,label"):
     _load(tmp_path)
