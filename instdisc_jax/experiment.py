@@ -91,7 +91,8 @@ def run(config: config_lib.Config, workdir: str | os.PathLike[str], devices: Any
                                    setup.mesh)
     lines = closing(metrics.Metrics(workdir, saved or 0,
                                     tracker.start(config.tracker, workdir, settings)))
-    if saved is None and setup.num_rows <= FEW_ROWS:
+    imported = saved is not None and summary_lib.nothing_trained(workdir)
+    if setup.num_rows <= FEW_ROWS and (saved is None or imported):
       progress.print(summary_lib.measure_start(workdir, evaluator, state))
     wall_clock = lambda: lines.earlier_seconds + time.monotonic() - started
     monitor = Monitor(setup, plan, lines=lines, progress=progress, pending_losses=pending_losses,
@@ -147,10 +148,10 @@ def _timed(config, dataset, mesh, within_epochs):
   steps = budget.steps(config, dataset.train, mesh)
   if within_epochs:
     steps = min(steps, config.epochs * num_rows // config.batch_size)
-  epochs = max(1, math.ceil(steps * config.batch_size / num_rows))
+  epochs = steps * config.batch_size / num_rows
   ratio = epochs / config.epochs
-  config.update(steps=steps, epochs=epochs)
-  config.optimizer.milestones = tuple(round(m * ratio) for m in config.optimizer.milestones)
+  config.update(steps=steps, epochs=max(1, math.ceil(epochs)))
+  config.optimizer.milestones = tuple(m * ratio for m in config.optimizer.milestones)
   config.optimizer.warmup_epochs *= ratio
   config.loss.neighbors_from_epoch *= ratio
   return config

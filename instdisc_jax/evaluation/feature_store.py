@@ -37,6 +37,8 @@ def collect(engine: embedding.Engine, variables: dict[str, Any], digest: str, im
   Raises:
     errors.UserError: an image cannot be read.
   """
+  present = engine.widths(variables, images, names)
+  names = [name for name in names if name in present]
   weights, source = digest[:16], hashlib.sha256(images.identity().encode()).hexdigest()
   place, first = folder / f'{weights}-{source[:16]}', jax.process_index() == 0
   if first:

@@ -329,7 +329,7 @@ def write(output: pathlib.Path, table: str, scale: str, results: Results,
   """
   entry = TABLES[table]
   results = {title: dict(sorted(by_seed.items())) for title, by_seed in results.items() if by_seed}
-  (output / RESULTS).write_text(json.dumps(
+  files.write(output / RESULTS, json.dumps(
       {'table': table, 'scale': scale, 'about': about_data, 'rows': results}, indent=2,
       ensure_ascii=False) + '\n')
   figures.save(plot(entry, results, f'{table}, scale {scale}'), output / 'plot.png')
@@ -337,7 +337,7 @@ def write(output: pathlib.Path, table: str, scale: str, results: Results,
            *_format(entry, results), '',
            *(f'Failed: {name}: {why}.\n' for name, why in failed.items()),
            '![plot](plot.png)', '']
-  (output / 'table.md').write_text('\n'.join(lines))
+  files.write(output / 'table.md', '\n'.join(lines))
 
 
 def _format(table, results):

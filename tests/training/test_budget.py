@@ -57,9 +57,10 @@ def test_the_schedule_keeps_its_places_in_a_run_of_minutes(images, tmp_path, mon
     experiment.run(config, tmp_path / 'run', jax.devices()[:1], SignalAt(polls=1))
   assert workdir_lib.read(tmp_path / 'run')[0] == settings
   assert (settings['steps'], settings['epochs']) == (26, 7)
-  assert settings['optimizer.milestones'] == [2, 5]
-  assert settings['optimizer.warmup_epochs'] == pytest.approx(0.7)
-  assert settings['loss.neighbors_from_epoch'] == pytest.approx(3.5)
+  share = 26 * config.batch_size / 128 / 3
+  assert settings['optimizer.milestones'] == pytest.approx([share, 2 * share])
+  assert settings['optimizer.warmup_epochs'] == pytest.approx(0.3 * share)
+  assert settings['loss.neighbors_from_epoch'] == pytest.approx(1.5 * share)
 
 
 @pytest.mark.parametrize('schedule', ['milestones', 'cosine'])
@@ -75,6 +76,7 @@ def test_a_run_of_minutes_is_one_of_its_steps_and_is_resumed(
   settings, _ = workdir_lib.read(tmp_path / 'run')
   assert (settings['steps'], settings['epochs'], settings['minutes']) == (10, 3, 1.0)
   config.minutes, config.steps = None, 10
+  config.optimizer.milestones = tuple(settings['optimizer.milestones'])
   expected = experiment.run(config, tmp_path / 'other', devices)
   assert summary['steps'] == 10
   assert summary['params_digest'] == expected['params_digest']
