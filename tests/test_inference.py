@@ -156,7 +156,7 @@ def test_a_stop_is_noticed_while_images_are_encoded(trained_folder):
 
 
 def test_features_of_a_folder_that_cannot_be_written_are_not_kept(trained, tmp_path, monkeypatch):
-  shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.copytree(trained[0], tmp_path / 'run', ignore=shutil.ignore_patterns('features'))
   monkeypatch.setattr(inference.os, 'access', lambda *_: False)
   model = inference.load(tmp_path / 'run')
   few = model.dataset.train.subset(np.arange(5), 'five')
