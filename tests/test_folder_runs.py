@@ -111,6 +111,9 @@ def test_features_are_those_of_the_folder_even_if_images_are_kept_in_memory(tmp_
   kept = [images.in_memory() for images in of]
   assert of[0].fingerprint == of[1].fingerprint
   assert kept[0].identity() == of[0].identity() != kept[1].identity() == of[1].identity()
+  for images in kept + [kept[0].one_by_one()]:  # and so is a part of them
+    part = images.subset(np.arange(1), 'part')
+    assert part.identity() == f'{images.fingerprint}/part {images.origin}' and images.origin
 
 
 def _write_noise(folder, count):

@@ -48,8 +48,11 @@ class Images:
 
   def identity(self) -> str:
     """The fingerprint; for files on disk, also their location and modification times."""
-    origin = self.files.stamp() if hasattr(self.files, 'stamp') else self.origin
+    origin = self._origin()
     return f'{self.fingerprint} {origin}' if origin else self.fingerprint
+
+  def _origin(self):
+    return (self.files.stamp() if hasattr(self.files, 'stamp') else '') or self.origin
 
   def name(self, i: int) -> str:
     """The name of image i in messages."""
@@ -117,8 +120,7 @@ class Images:
             f'{images.shape[1]} x {images.shape[2]} like the others to be kept on the device',
             setting='dataset.path', remedy='set <dataset.path>=stream')
       images[i] = image
-    origin = self.files.stamp() if hasattr(self.files, 'stamp') else self.origin
-    return dataclasses.replace(self, files=images, shape=images.shape[1:], origin=origin)
+    return dataclasses.replace(self, files=images, shape=images.shape[1:], origin=self._origin())
 
   def one_by_one(self) -> 'Images':
     """The same images, of which an array is a sequence of images too: they are cropped on the host.
